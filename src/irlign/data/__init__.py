@@ -1,0 +1,1 @@
+"""Text in: demonstrations loaded and split, and the one format in which every stage shows text to a tokenizer."""

@@ -1,0 +1,192 @@
+"""The one place where text meets the tokenizer: the format that SFT, sampling, rewards and evaluation all use.
+
+A row is `prompt_ids + completion_ids`, and `completion_ids` always end with EOS. The prompt is the text as it
+stands (with BOS where the tokenizer adds one) or the chat template's rendering up to the assistant's turn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from irlign.errors import ConfigError, DataError, ModelError
+from irlign.records import Message, PromptContent, prompt_identity
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that transformers' losses skip
+
+TEMPLATES = {
+    "hh": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one prompt and one completion; the completion ends with EOS unless it was cut."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.completion_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """Loss on the completion only, its EOS included."""
+        return [IGNORED] * len(self.prompt_ids) + self.completion_ids
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+class Format:
+    """How prompts and completions become token ids, for one tokenizer.
+
+    `chat_template`: "auto" (the tokenizer's own; plain text where it has none), "none" (plain text), "hh", "chatml", or
+    the path of a Jinja file. With a template in force a plain string is one user message; without one, a conversation
+    is an error. The template in force is set on the tokenizer, so that it is saved with every model.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str = "auto"):
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no EOS token, so no policy could learn to end its answer",
+                where=tokenizer.name_or_path or None,
+                do="set `eos_token` in its tokenizer_config.json",
+            )
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.template = _resolve_template(chat_template, tokenizer)
+        if self.template is not None:
+            tokenizer.chat_template = self.template
+
+    def prompt_text(self, content: PromptContent) -> str:
+        """The prompt as the model reads it, without BOS."""
+        if self.template is None:
+            if isinstance(content, str):
+                return content
+            raise DataError(
+                "the data holds conversations, and this model has no chat template",
+                where=self.tokenizer.name_or_path or None,
+                do="say how turns are written: data.chat_template=chatml, hh, or the path of a Jinja template",
+            )
+        messages = [Message(role="user", content=content)] if isinstance(content, str) else [dict(m) for m in content]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
+        except Exception as error:  # Jinja raises whatever the template asks for
+            raise DataError(f"the chat template refuses this conversation: {error}", where=str(messages)[:200]) from error
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole texts: BOS (where the tokenizer adds one) for plain text, none for a rendered template."""
+        if not texts:
+            return []
+        plain = self.template is None
+        rows = self.tokenizer(list(texts), add_special_tokens=plain, return_attention_mask=False, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        return [row[:-1] if plain and len(row) > 1 and row[-1] == eos else list(row) for row in rows]
+
+    def prompt_ids(self, content: PromptContent) -> list[int]:
+        """Token ids of the prompt; a model that adds no BOS and an empty prompt give an empty list, which is an error."""
+        return self.prompts_ids([content])[0]
+
+    def prompts_ids(self, contents: Sequence[PromptContent]) -> list[list[int]]:
+        rows = self._ids([self.prompt_text(c) for c in contents])
+        for content, row in zip(contents, rows, strict=True):
+            if not row:
+                raise DataError("a prompt gives no token at all", where=repr(content)[:80], do="remove it from the data")
+        return rows
+
+    def completion_ids(self, content: PromptContent, completion: str) -> list[int]:
+        return self.encode([content], [completion])[0].completion_ids
+
+    def encode(self, contents: Sequence[PromptContent], completions: Sequence[str]) -> list[Encoded]:
+        """One row for each prompt and completion. Prompt and completion are tokenized together, so that a completion's
+        leading space is the same token here as in running text; where the two would share a token, each is taken alone.
+        """
+        keys = [prompt_identity(c) for c in contents]
+        distinct = dict(zip(keys, contents, strict=True))
+        texts = {k: self.prompt_text(c) for k, c in distinct.items()}
+        prompts = dict(zip(distinct, self.prompts_ids(list(distinct.values())), strict=True))
+        whole = self._ids([texts[k] + y for k, y in zip(keys, completions, strict=True)])
+        eos = self.tokenizer.eos_token_id
+        rows = []
+        for key, completion, ids in zip(keys, completions, whole, strict=True):
+            head = prompts[key]
+            if ids[: len(head)] == head:
+                tail = ids[len(head) :]
+            else:
+                tail = list(self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
+            rows.append(Encoded(head, [*tail, eos]))
+        return rows
+
+    def decode_completion(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of sampled `ids` after `prompt_ids`, special tokens left out; the inverse of `encode` on its own output."""
+        return self.decode_completions([prompt_ids], [ids])[0]
+
+    def decode_completions(self, prompts: Sequence[Sequence[int]], ids: Sequence[Sequence[int]]) -> list[str]:
+        """Decoded after the last few prompt tokens, since many tokenizers drop a leading space at the start of a text."""
+        heads = [list(p)[-8:] for p in prompts]
+        before = self._decode([*heads])
+        after = self._decode([h + list(i) for h, i in zip(heads, ids, strict=True)])
+        return [a[len(b) :] if a.startswith(b) else self._decode([list(i)])[0] for a, b, i in zip(after, before, ids, strict=True)]
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        if not rows:
+            return []
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _resolve_template(name: str, tokenizer: Any) -> str | None:
+    if name == "auto":
+        return tokenizer.chat_template
+    if name == "none":
+        return None
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"no chat template {name!r}",
+            where="data.chat_template",
+            do=f"use one of auto, none, {', '.join(TEMPLATES)}, or the path of a Jinja file",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """`input_ids_B_T` and `attention_mask_B_T` of rows of different lengths, padded on one side."""
+    import torch
+
+    width = max(len(r) for r in rows)
+    ids_B_T = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask_B_T = torch.zeros((len(rows), width), dtype=torch.long)
+    for b, row in enumerate(rows):
+        span = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids_B_T[b, span] = torch.tensor(row, dtype=torch.long)
+        mask_B_T[b, span] = 1
+    return ids_B_T, mask_B_T
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, each at most `token_budget` padded tokens (or one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches

@@ -1,0 +1,45 @@
+"""The few kinds of error a user can meet: what is wrong, where, and what to do about it."""
+
+
+class IrlignError(Exception):
+    """One clear error. `what` is wrong, `where` (a file:line, a key, a stage), and what to `do`.
+
+    The command line prints it without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object = None, do: str | None = None):
+        self.what, self.where, self.do = what, where, do
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where is not None else ""
+        remedy = f"\n  {self.do}" if self.do else ""
+        return f"{place}{self.what}{remedy}"
+
+
+class ConfigError(IrlignError):
+    """The recipe or an override is wrong."""
+
+    exit_code = 2
+
+
+class DataError(IrlignError):
+    """A file of demonstrations, prompts, preferences or samples is wrong."""
+
+
+class ModelError(IrlignError):
+    """A checkpoint or tokenizer cannot serve, or training diverged."""
+
+
+class RunError(IrlignError):
+    """The run directory cannot be used: locked, unwritable, full, damaged."""
+
+
+class GuardError(IrlignError):
+    """A guard found something that would make the result meaningless; `do` names the opt-out key."""
+
+
+class IrlignWarning(UserWarning):
+    """Something the user should know that does not stop the run; an error in the tests."""

@@ -1,0 +1,1 @@
+"""Stored samples become numbers; nothing here sees a policy."""

@@ -1,0 +1,1 @@
+"""A reward becomes a better policy."""

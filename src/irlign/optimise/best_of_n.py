@@ -1,0 +1,71 @@
+"""Best-of-N: pools and rewards become candidates with all raw scores, and one selected answer for each prompt."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from irlign.config import Settings
+from irlign.errors import DataError
+from irlign.records import Sample
+from irlign.reward.contrasts import ended
+
+SCORE = "reward/"  # the prefix of a reward's column in candidates.parquet
+
+
+class BestOfNSettings(Settings):
+    """Selection from the pool of pi_SFT on dev and test prompts."""
+
+    n: int | None = Field(None, ge=1, description="answers to choose among; null = sampling.num_generations (the whole pool)")
+
+
+def scored_text(sample: Sample) -> str:
+    """What a reward sees of a candidate: the text under the same ending rule as in its training."""
+    return ended(sample.completion, sample.finished)
+
+
+def candidate_rows(samples: Sequence[Sample], scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward, nothing chosen yet."""
+    return [
+        {**sample.to_row(), **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()}}
+        for i, sample in enumerate(samples)
+    ]
+
+
+def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[str, Any]]:
+    """The answer with the highest reward among the first n of each prompt; one cut at the limit never beats a finished
+    one, and of equal ones the first drawn wins. Rows of selected.jsonl. Raises DataError where a prompt has fewer than n.
+    """
+    by_prompt: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["index"] < n:
+            by_prompt[row["prompt_id"]].append(row)
+    selected = []
+    for prompt_id, pool in by_prompt.items():
+        if len(pool) < n:
+            raise DataError(f"{len(pool)} candidates, and best_of_n.n asks for {n}", where=f"prompt {prompt_id}", do="lower it or draw more")
+        best = max(pool, key=lambda row: (row["finish_reason"] != "length", row[f"{SCORE}{reward}"], -row["index"]))
+        prompt = json.loads(best["prompt"]) if best["conversational"] else best["prompt"]
+        selected.append(
+            {
+                "prompt_id": prompt_id,
+                "split": best["split"],
+                "prompt": prompt,
+                "completion": best["completion"],
+                "reward": best[f"{SCORE}{reward}"],
+                "index": best["index"],
+                "finish_reason": best["finish_reason"],
+            }
+        )
+    return selected
+
+
+def write_selected(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, in the order of the candidates."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Policies: loaded, pretrained for a world, fine-tuned on demonstrations."""

@@ -1,0 +1,108 @@
+"""Policies: a causal language model, its tokenizer and a name, from a folder, an adapter or a Hub id."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from irlign.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`model` in eval mode on its device, the tokenizer it was trained with, and a name for messages."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    name: str
+
+    @property
+    def device(self) -> "torch.device":
+        return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        """Any id will do where an attention mask says what is padding; EOS stands in where the tokenizer has no pad."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt plus completion, in tokens, that the model can read."""
+        return context_length(self.model.config)
+
+
+def device() -> "torch.device":
+    """The accelerator where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def context_length(config: Any) -> int:
+    """`max_position_embeddings` of the (text) configuration; 2,048 where a model states none."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 2048)
+
+
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in a folder or at a Hub id, or a `ModelError` that says what is missing."""
+    from transformers import AutoTokenizer
+
+    _must_exist(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        raise ModelError(f"no usable tokenizer: {_first_line(error)}", where=path, do="save the model's tokenizer beside it") from error
+
+
+def load_policy(path: str, name: str = "policy") -> Policy:
+    """The causal language model in a folder (or adapter folder, with peft installed) or at a Hub id."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    tokenizer = load_tokenizer(path)
+    adapter = Path(path, "adapter_config.json").is_file()
+    if not adapter:
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except Exception as error:
+            raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path) from error
+        wrong_head = [a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a]
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
+            kind = ", ".join(config.architectures or [config.model_type])
+            raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if torch.cuda.is_available() else torch.float32)
+    except Exception as error:
+        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=path) from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model only {model.get_input_embeddings().num_embeddings}",
+            where=path,
+            do="use the tokenizer that the model was trained with",
+        )
+    model.config.use_cache = True
+    return Policy(model.to(device()).eval(), tokenizer, name)  # type: ignore[arg-type]
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """A plain transformers folder: safetensors, configuration, tokenizer (with the chat template in force)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _must_exist(path: str) -> None:
+    """A path that looks local must be there; anything else is left to the Hub client."""
+    looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists()
+    if looks_local and not Path(path).is_dir():
+        raise ModelError("no such model folder", where=path, do="give the folder that holds config.json, or a Hub id")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]

@@ -1,0 +1,120 @@
+"""What the user sees while a stage runs: a live line on a terminal, plain lines elsewhere, all on standard error.
+
+Standard output is left to results. `IRLIGN_QUIET=1` silences everything here.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections import deque
+from typing import Any
+
+PLAIN_SECONDS = 5.0  # between two plain lines
+WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it
+_live: list[Any] = []  # the one rich display, and one entry more for each Progress inside it
+
+
+def quiet() -> bool:
+    """Whether the environment asks for silence."""
+    return os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+
+
+def say(message: str) -> None:
+    """Print one line for the user, above the live line where there is one. A closed terminal is no error."""
+    if quiet():
+        return
+    with contextlib.suppress(OSError, ValueError):
+        if _live:
+            _live[0].console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """How far a stage is: `with Progress("sft", 300, "steps") as bar: bar.advance(1, "loss 1.203")`.
+
+    `total` may be None (unknown) and may be set later. The last line, with the time taken, stays when the block ends
+    well; an error leaves none.
+    """
+
+    def __init__(self, stage: str, total: int | None, unit: str = "items"):
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done, self.note = 0, ""
+        self._start = self._shown = time.monotonic()
+        self._history: deque[tuple[float, int]] = deque([(self._start, 0)])
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        self._start = self._shown = time.monotonic()
+        self._history = deque([(self._start, 0)])
+        if not quiet() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            _live.append(_live[0] if _live else _display())
+            self._task = _live[0].add_task(self.line(), total=self.total)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._task is not None:
+            _live[0].remove_task(self._task)
+            self._task = None
+            display = _live.pop()
+            if not _live:
+                display.stop()
+        if kind is None:
+            say(self.summary())
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` more items are done; `note` (a loss, a file) stands at the end of the line until the next one."""
+        now = time.monotonic()
+        self.done += n
+        self.note = note or self.note
+        self._history.append((now, self.done))
+        while len(self._history) > 2 and now - self._history[0][0] > WINDOW_SECONDS:
+            self._history.popleft()
+        if self._task is not None:
+            _live[0].update(self._task, completed=self.done, total=self.total, description=self.line())
+        elif now - self._shown >= PLAIN_SECONDS:
+            self._shown = now
+            say(self.line())
+
+    def rate(self) -> float:
+        """Items a second over the last half minute; 0 before there is anything to divide."""
+        (then, before), (now, done) = self._history[0], self._history[-1]
+        return (done - before) / (now - then) if now > then else 0.0
+
+    def line(self) -> str:
+        """The state in words: `sft: 120/400 steps, 35.2/s, 0:08 left, loss 1.203`."""
+        rate = self.rate()
+        count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        parts = [f"{self.stage}: {count} {self.unit}"]
+        if rate > 0:
+            parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+            if self.total is not None and self.total > self.done:
+                parts.append(f"{clock((self.total - self.done) / rate)} left")
+        return ", ".join([*parts, self.note] if self.note else parts)
+
+    def summary(self) -> str:
+        """The last line: what was done and how long it took."""
+        seconds = time.monotonic() - self._start
+        took = f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+        line = f"{self.stage}: {self.done:,} {self.unit} in {took}"
+        return f"{line}, {self.note}" if self.note else line
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _display() -> Any:
+    """The live display that every Progress of this process shares, started."""
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn
+    from rich.progress import Progress as Display
+
+    columns = (SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+    display = Display(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)
+    display.start()
+    return display

@@ -1,0 +1,1 @@
+"""Pools become a scalar reward."""

@@ -1,0 +1,133 @@
+"""Contrasts: which answers are better than which, brought to one ending and one length before a reward sees them.
+
+A base model never ends its answer and pi_SFT does; left alone, a reward learns "it ended" and nothing else. So every
+answer that was cut at the limit is shortened to its last whole sentence, all answers get the same terminator (EOS, from
+`data/chat.py`), and within each pair the longer answer is cut at the sentence end nearest the other's length.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from irlign.data.sentences import last_whole_sentence, sentences
+from irlign.errors import DataError, GuardError
+from irlign.records import Contrast, Demonstration, Preference, Prompt, Sample
+
+CONTRASTS = {
+    "init-sft": ("sft", "init"),
+    "init-demo": ("demonstrations", "init"),
+    "sft-demo": ("demonstrations", "sft"),
+    "preference": ("chosen", "rejected"),
+}
+
+
+def ended(text: str, finished: bool) -> str:
+    """The answer under the one ending rule: a finished one as it is, a cut one up to its last whole sentence (or as it
+    is, where it has none); no space at the end."""
+    return (text if finished else last_whole_sentence(text) or text).rstrip()
+
+
+def match_length(text: str, target: int) -> str:
+    """`text` cut at the sentence end whose length in characters is nearest `target`; never the empty text."""
+    pieces = sentences(text)
+    ends = np.cumsum([len(piece) for piece in pieces])
+    return text[: ends[int(np.argmin(np.abs(ends - target)))]].rstrip() if len(ends) else text
+
+
+def build_contrasts(
+    contrast: str,
+    *,
+    sft: Sequence[Sample] = (),
+    init: Sequence[Sample] = (),
+    demonstrations: Sequence[Demonstration] = (),
+    preferences: Sequence[Preference] = (),
+    match: bool = True,
+) -> list[Contrast]:
+    """Pairs (better, worse) of one prompt each. Within a prompt both sides are sorted by length and paired in order, the
+    shorter side repeated; with `match` the pair then gets one length. Raises DataError when there is no pair.
+    """
+    if contrast == "preference":
+        pairs = [Contrast(p.prompt, p.chosen, p.rejected) for p in preferences]
+    else:
+        answers = {
+            "sft": [(s.prompt, ended(s.completion, s.finished)) for s in sft],
+            "init": [(s.prompt, ended(s.completion, s.finished)) for s in init],
+            "demonstrations": [(d.prompt, d.completion.rstrip()) for d in demonstrations],
+        }
+        better, worse = (answers[side] for side in CONTRASTS[contrast])
+        pairs = _pair(better, worse)
+    if match:
+        pairs = [_matched(pair) for pair in pairs]
+    pairs = [pair for pair in pairs if pair.better.strip() and pair.worse.strip() and pair.better != pair.worse]
+    if not pairs:
+        raise DataError(
+            f"the contrast {contrast} has no pair with two different, non-empty answers",
+            where="reward",
+            do="check that both pools hold samples of the train prompts (sampling.train_generations)",
+        )
+    return pairs
+
+
+def _pair(better: Sequence[tuple[Prompt, str]], worse: Sequence[tuple[Prompt, str]]) -> list[Contrast]:
+    by_prompt: dict[str, tuple[Prompt, list[str], list[str]]] = {}
+    for side, answers in ((1, better), (2, worse)):
+        for prompt, text in answers:
+            by_prompt.setdefault(prompt.prompt_id, (prompt, [], []))[side].append(text)  # type: ignore[union-attr]
+    pairs = []
+    for prompt, good, bad in by_prompt.values():
+        if good and bad:
+            good, bad = sorted(good, key=len), sorted(bad, key=len)
+            count = max(len(good), len(bad))
+            pairs += [Contrast(prompt, good[i * len(good) // count], bad[i * len(bad) // count]) for i in range(count)]
+    return pairs
+
+
+def _matched(pair: Contrast) -> Contrast:
+    if len(pair.better) > len(pair.worse):
+        return Contrast(pair.prompt, match_length(pair.better, len(pair.worse)), pair.worse)
+    return Contrast(pair.prompt, pair.better, match_length(pair.worse, len(pair.better)))
+
+
+def threshold_accuracy(better: Sequence[float], worse: Sequence[float]) -> float:
+    """What one number alone reaches: the balanced accuracy of the best threshold on it, in either direction, 0.5 to 1.
+
+    It equals (1 + D) / 2 with D the two-sample Kolmogorov-Smirnov distance.
+    """
+    high, low = np.sort(np.asarray(better, dtype=float)), np.sort(np.asarray(worse, dtype=float))
+    at = np.concatenate([high, low])
+    gap = np.searchsorted(high, at, side="right") / len(high) - np.searchsorted(low, at, side="right") / len(low)
+    return float((1 + np.abs(gap).max()) / 2)
+
+
+def leak_controls(pairs: Sequence[Contrast]) -> dict[str, float]:
+    """What the length in characters and the last character alone reach on the pairs a reward is about to see."""
+    return {
+        "length_accuracy": threshold_accuracy([len(p.better) for p in pairs], [len(p.worse) for p in pairs]),
+        "ending_accuracy": threshold_accuracy([_whole(p.better) for p in pairs], [_whole(p.worse) for p in pairs]),
+    }
+
+
+def raw_controls(better: Sequence[Sample], worse: Sequence[Sample]) -> dict[str, float]:
+    """The same before anything was brought to one ending: what "finished" and the raw length would have given away."""
+    return {
+        "finished_accuracy_raw": threshold_accuracy([s.finished for s in better], [s.finished for s in worse]),
+        "length_accuracy_raw": threshold_accuracy([len(s.completion) for s in better], [len(s.completion) for s in worse]),
+    }
+
+
+def guard_leak(controls: dict[str, Any], limit: float) -> None:
+    """Error when length or the ending alone separates better from worse more often than `limit`."""
+    for name in ("length_accuracy", "ending_accuracy"):
+        if controls[name] > limit:
+            what = name.split("_")[0]
+            raise GuardError(
+                f"the {what} of an answer alone tells better from worse in {controls[name]:.0%} of the pairs (limit {limit:.0%}): "
+                f"the reward would learn {what} and nothing else",
+                where="reward",
+                do="keep reward.ending=match, or give answers of like length; reward.max_leak_accuracy=1 goes on all the same",
+            )
+
+
+def _whole(text: str) -> bool:
+    return text.rstrip()[-1:] in ".!?\"')]}"

@@ -1,0 +1,95 @@
+"""The classifier reward: a sequence-classification head with one logit over a policy's backbone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from irlign.data.chat import Encoded, Format, length_sorted_batches, pad
+from irlign.errors import ModelError
+from irlign.progress import Progress
+from irlign.records import PromptContent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
+
+
+class RewardModel(Protocol):
+    """Whatever scores answers: `score` gives one finite number for each prompt and completion, better is high."""
+
+    name: str
+
+    def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        """Rewards of shape [len(prompts)]; the order and the batch never change a score by more than rounding."""
+        ...
+
+
+class Classifier:
+    """`RewardModel` over an `AutoModelForSequenceClassification` with one logit, read at the last token (EOS)."""
+
+    def __init__(self, model: "PreTrainedModel", form: Format, name: str):
+        pad_id = form.tokenizer.pad_token_id
+        if pad_id is None or pad_id == form.tokenizer.eos_token_id:
+            raise ModelError(
+                "the reward model's pad token is missing or equals EOS, so its reward would be read at the wrong token",
+                where=name,
+                do="save it with a pad token of its own",
+            )
+        self.model, self.format, self.name, self.pad_id = model, form, name, int(pad_id)
+
+    @classmethod
+    def start(cls, backbone: Path, chat_template: str, name: str) -> "Classifier":
+        """A fresh head over the backbone of a policy folder, with a pad token that differs from EOS."""
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            backbone, num_labels=1, problem_type="regression", dtype=torch.float32
+        )
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+        return cls(model, Format(tokenizer, chat_template), name)
+
+    @classmethod
+    def load(cls, folder: Path, reward: dict[str, Any]) -> "Classifier":
+        """The reward published in `rewards/NAME`."""
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+        return cls(model, Format(AutoTokenizer.from_pretrained(folder), reward["chat_template"]), reward["name"])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.format.tokenizer.save_pretrained(folder)
+
+    def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        """The logit, length-sorted batches, right padding. Shape [len(prompts)]. Raises ModelError when one is not finite."""
+        return self.score_rows(self.format.encode(prompts, completions))
+
+    def score_rows(self, rows: Sequence[Encoded]) -> np.ndarray:
+        import torch
+
+        device = self.model.device
+        rewards = np.zeros(len(rows))
+        budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+        with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
+            for batch in length_sorted_batches([len(r) for r in rows], budget):
+                ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
+                logits_B = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits[:, 0]
+                rewards[batch] = logits_B.double().cpu().numpy()
+                bar.advance(len(batch))
+        if not np.isfinite(rewards).all():
+            raise ModelError(f"{int((~np.isfinite(rewards)).sum())} rewards are not finite", where=self.name, do="train it again with a lower learning rate")
+        return rewards

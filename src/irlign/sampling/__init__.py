@@ -1,0 +1,1 @@
+"""Prompts become pools of samples."""

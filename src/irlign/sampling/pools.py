@@ -1,0 +1,83 @@
+"""Pools of samples: drawn in parts, stored as Parquet, taken up where an interrupted draw stopped."""
+
+import gc
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from irlign.errors import GuardError
+from irlign.progress import Progress
+from irlign.records import Prompt, Sample
+from irlign.runs import read_table, request_seed, write_table
+from irlign.sampling.engine import Request, SamplingSettings, load_engine
+
+
+def draw_pool(
+    policy: Path,
+    wanted: Sequence[tuple[Prompt, int]],
+    settings: SamplingSettings,
+    *,
+    chat_template: str,
+    folder: Path,
+    seed: int,
+    name: str,
+) -> dict[str, Any]:
+    """Draw the wanted number of samples for each prompt and store them in `folder` as numbered parts.
+
+    A part is a fixed range of prompts; a part that is already there is kept, so that an interrupted draw goes on and
+    gives the same bytes. The policy's memory is returned before this does. Returns the pool's statistics.
+    """
+    wanted = sorted(((p, n) for p, n in wanted if n > 0), key=lambda item: (item[0].split, item[0].prompt_id))
+    parts = [wanted[i : i + settings.part_prompts] for i in range(0, len(wanted), settings.part_prompts)]
+    engine = None
+    with Progress(f"sample {name}", sum(n for _, n in wanted), "samples") as bar:
+        for number, part in enumerate(parts):
+            path = folder / f"part-{number:05d}.parquet"
+            if not path.exists():
+                engine = engine or load_engine(policy, settings, chat_template)
+                requests = [
+                    Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part
+                ]
+                seeds = [s for r in requests for s in r.seeds]
+                rows = [_row(sample, s, settings) for sample, s in zip(engine.draw(requests), seeds, strict=True)]
+                write_table(path, rows)
+            bar.advance(sum(n for _, n in part))
+    del engine
+    gc.collect()
+    return pool_statistics(read_pool(folder))
+
+
+def _row(sample: Sample, seed: int, settings: SamplingSettings) -> dict[str, Any]:
+    drawn = settings.model_dump(include={"temperature", "top_p", "top_k", "max_new_tokens", "engine"})
+    return {**sample.to_row(), **drawn, "stop": json.dumps(settings.stop), "seed": str(seed)}
+
+
+def read_pool(folder: Path) -> list[Sample]:
+    """The samples of a stored pool, in order. Raises RunError where a part is damaged."""
+    return [Sample.from_row(row) for row in read_table(folder)]
+
+
+def pool_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Counts and shares under the names that TRL logs; lengths in tokens."""
+    count = len(samples)
+    return {
+        "samples": count,
+        "prompts": len({s.prompt.prompt_id for s in samples}),
+        "completions/mean_length": sum(s.tokens for s in samples) / count,
+        "completions/clipped_ratio": sum(not s.finished for s in samples) / count,
+        "completions/empty_ratio": sum(not s.completion.strip() for s in samples) / count,
+    }
+
+
+def guard_finished(statistics: dict[str, Any], settings: SamplingSettings) -> None:
+    """Error when so many of pi_SFT's answers are cut at the limit that Best-of-N would choose among fragments."""
+    cut = statistics["completions/clipped_ratio"]
+    if cut > settings.max_cut_share:
+        ended = "no answer ended by itself" if cut == 1 else f"{cut:.0%} of the answers were cut at {settings.max_new_tokens} tokens"
+        raise GuardError(
+            f"{ended}: pi_SFT has not learned to end, or the limit is too short for its answers",
+            where="sample sft",
+            do="raise sampling.max_new_tokens, train SFT longer, or give a sampling.stop string; "
+            "sampling.max_cut_share=1 goes on all the same",
+        )

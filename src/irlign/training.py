@@ -1,0 +1,159 @@
+"""What every training run here shares: settings that reach transformers' TrainingArguments, progress, and the stop on NaN.
+
+SFT and reward training both hand rows that `data/chat.py` tokenized and masked to transformers' Trainer.
+"""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from irlign.config import Settings
+from irlign.errors import ConfigError, ModelError
+from irlign.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+
+BF16_PAYS_FROM = 50_000_000  # parameters: on a CPU, bf16 autocast slows smaller models
+
+
+class TrainerSettings(Settings):
+    """The fields that most people set; every other field of TrainingArguments is reached through `trainer`."""
+
+    learning_rate: float = Field(2e-5, gt=0, description="peak learning rate (AdamW)")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the rows")
+    max_steps: int = Field(-1, description="stop after this many steps; -1 = all epochs")
+    per_device_train_batch_size: int = Field(16, ge=1, description="rows a step on each device")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="steps whose gradients are added up")
+    lr_scheduler_type: str = Field("cosine", description="learning-rate schedule")
+    warmup_steps: float = Field(0.05, ge=0, description="warm-up: a number of steps, or a share below 1")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    use_peft: bool = Field(False, description="train a LoRA adapter (needs irlign[peft]); it is merged before it is published")
+    lora_r: int = Field(32, ge=1, description="LoRA rank")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale numerator")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
+    lora_target_modules: str | list[str] = Field("all-linear", description="which layers carry the adapter")
+    trainer: dict[str, Any] = Field(default_factory=dict, description="any further field of transformers' TrainingArguments")
+
+
+def bf16_pays(parameters: int) -> bool:
+    """Whether bf16 is supported here and faster than float32 for a model of this size."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return parameters >= BF16_PAYS_FROM and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str) -> "TrainingArguments":
+    """TrainingArguments from the settings; `settings.trainer` wins over everything said here.
+
+    Raises ConfigError where TrainingArguments refuses a field.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    own = set(TrainerSettings.model_fields) - {"trainer", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+    fields: dict[str, Any] = {
+        **{name: getattr(settings, name) for name in own},
+        "output_dir": str(folder),
+        "seed": seed,
+        "bf16": bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": report_to,
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **settings.trainer,
+    }
+    try:
+        return TrainingArguments(**fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"TrainingArguments refuses it: {error}", where="trainer") from error
+
+
+def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str) -> Any:
+    """The model with a LoRA adapter where `use_peft` asks for one; `task` is peft's task type."""
+    if not settings.use_peft:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("peft is not installed", where="use_peft", do="pip install 'irlign[peft]'") from error
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules,
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+    return get_peft_model(model, lora)
+
+
+def merged(model: Any, settings: TrainerSettings) -> Any:
+    """The plain model again, the adapter folded into its weights."""
+    return model.merge_and_unload() if settings.use_peft else model
+
+
+def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
+    """Train with a progress line; take up the last checkpoint of an interrupted attempt; stop on a loss that is not finite.
+
+    Returns steps, final logged loss and the list of logged losses. Raises ModelError on NaN or infinity, or when
+    memory runs out.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    with Progress(stage, None, "steps") as bar:
+        trainer.add_callback(_watch(bar, stage))
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except (RuntimeError, MemoryError) as error:
+            if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
+                raise
+            size = trainer.args.per_device_train_batch_size
+            raise ModelError(
+                f"out of memory with per_device_train_batch_size={size}",
+                where=stage,
+                do=f"set it to {max(1, size // 2)} and gradient_accumulation_steps to twice its value",
+            ) from error
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": trainer.state.global_step, "loss": losses[-1] if losses else None, "losses": losses}
+
+
+def _watch(bar: Progress, stage: str) -> Any:
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        """Moves the progress line and stops on the first loss or gradient that is not finite."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            bar.total = state.max_steps
+            bar.advance(state.global_step)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
+            bar.advance(1, f"loss {loss:.3f}" if loss is not None else "")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            for name in ("loss", "grad_norm"):
+                value = (logs or {}).get(name)
+                if value is not None and not math.isfinite(value):
+                    raise ModelError(
+                        f"the {name.replace('_', ' ')} is {value} at step {state.global_step}, so training has diverged",
+                        where=stage,
+                        do=f"lower {stage}.learning_rate (now {args.learning_rate:g}) or set {stage}.trainer.max_grad_norm; "
+                        "what was published before is untouched",
+                    )
+
+    return Watch()
+

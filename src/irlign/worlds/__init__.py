@@ -1,0 +1,1 @@
+"""Seeded generators with a known true reward: corpus, demonstrator, golden reward; one file a world."""
