@@ -3,7 +3,9 @@
 SFT and reward training both hand rows that `data/chat.py` tokenized and masked to transformers' Trainer.
 """
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +53,20 @@ def bf16_pays(parameters: int) -> bool:
 def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str) -> "TrainingArguments":
     """TrainingArguments from the settings; `settings.trainer` wins over everything said here.
 
-    Raises ConfigError where TrainingArguments refuses a field.
+    Raises ConfigError where TrainingArguments refuses a field or a tracker is unknown or not installed.
     """
     import torch
     from transformers import TrainingArguments
+    from transformers.integrations import get_reporting_integration_callbacks
 
-    own = set(TrainerSettings.model_fields) - {"trainer", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"}
+    own = set(TrainerSettings.model_fields) - {
+        "trainer",
+        "use_peft",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+    }
     fields: dict[str, Any] = {
         **{name: getattr(settings, name) for name in own},
         "output_dir": str(folder),
@@ -75,9 +85,15 @@ def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf
         **settings.trainer,
     }
     try:
-        return TrainingArguments(**fields)
-    except (TypeError, ValueError) as error:
+        arguments = TrainingArguments(**fields)
+    except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"TrainingArguments refuses it: {error}", where="trainer") from error
+    try:
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"no such tracker here: {error}", where="report_to", do="install it, or use report_to=none") from error
+    return arguments
 
 
 def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str) -> Any:
@@ -110,13 +126,14 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     Returns steps, final logged loss and the list of logged losses. Raises ModelError on NaN or infinity, or when
     memory runs out.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.trainer_callback import PrinterCallback
 
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = _last_checkpoint(checkpoints)
+    trainer.remove_callback(PrinterCallback)
     with Progress(stage, None, "steps") as bar:
         trainer.add_callback(_watch(bar, stage))
         try:
-            trainer.train(resume_from_checkpoint=last)
+            output = trainer.train(resume_from_checkpoint=last)
         except (RuntimeError, MemoryError) as error:
             if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
                 raise
@@ -126,15 +143,47 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
                 where=stage,
                 do=f"set it to {max(1, size // 2)} and gradient_accumulation_steps to twice its value",
             ) from error
+    model: Any = trainer.model
+    if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the last update is in no loss
+        raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "loss": losses[-1] if losses else None, "losses": losses}
+    return {"steps": trainer.state.global_step, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+
+
+def _last_checkpoint(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end (the Trainer writes trainer_state.json last); torn ones are removed."""
+    for folder in sorted(checkpoints.glob("checkpoint-*"), key=lambda f: int(f.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+        else:
+            return str(folder)
+    return None
+
+
+def _diverged(what: str, args: Any, state: Any, stage: str) -> ModelError:
+    return ModelError(
+        f"{what} at step {state.global_step}, so training has diverged",
+        where=stage,
+        do=f"lower {stage}.learning_rate (now {args.learning_rate:g}) or set {stage}.trainer.max_grad_norm; "
+        "what was published before is untouched",
+    )
 
 
 def _watch(bar: Progress, stage: str) -> Any:
+    import torch
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Moves the progress line and stops on the first loss or gradient that is not finite."""
+        """Moves the progress line, stops on the first loss or gradient that is not finite, and seeds every epoch.
+
+        The Trainer orders an epoch's rows by the global random state, which a resume in its middle does not have: so the
+        state at the start of an epoch is a function of the seed, in a checkpoint taken right before it too.
+        """
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.manual_seed(args.seed + 1_000_003 * math.floor((state.epoch or 0) + 1e-6))
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             bar.total = state.max_steps
@@ -143,17 +192,13 @@ def _watch(bar: Progress, stage: str) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
             bar.advance(1, f"loss {loss:.3f}" if loss is not None else "")
+            if abs(state.epoch - round(state.epoch)) < 1e-6:
+                self.on_epoch_begin(args, state, control)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             for name in ("loss", "grad_norm"):
                 value = (logs or {}).get(name)
                 if value is not None and not math.isfinite(value):
-                    raise ModelError(
-                        f"the {name.replace('_', ' ')} is {value} at step {state.global_step}, so training has diverged",
-                        where=stage,
-                        do=f"lower {stage}.learning_rate (now {args.learning_rate:g}) or set {stage}.trainer.max_grad_norm; "
-                        "what was published before is untouched",
-                    )
+                    raise _diverged(f"the {name.replace('_', ' ')} is {value}", args, state, stage)
 
     return Watch()
-

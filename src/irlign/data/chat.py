@@ -51,6 +51,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    def within(self, limit: int) -> "Encoded":
+        """At most `limit` tokens (2 or more), for a model that reads no more: the completion loses its end but keeps its
+        last token, then the prompt its start. Decoding and encoding again may have made a sample a few tokens longer."""
+        if len(self) <= limit:
+            return self
+        prompt = self.prompt_ids[-(limit - 1) :]
+        room = limit - len(prompt) - 1
+        return Encoded(prompt, [*self.completion_ids[:-1][:room], self.completion_ids[-1]])
+
 
 class Format:
     """How prompts and completions become token ids, for one tokenizer.
@@ -70,8 +79,7 @@ class Format:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.template = _resolve_template(chat_template, tokenizer)
-        if self.template is not None:
-            tokenizer.chat_template = self.template
+        tokenizer.chat_template = self.template
 
     def prompt_text(self, content: PromptContent) -> str:
         """The prompt as the model reads it, without BOS."""
@@ -129,7 +137,7 @@ class Format:
                 tail = ids[len(head) :]
             else:
                 tail = list(self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
-            rows.append(Encoded(head, [*tail, eos]))
+            rows.append(Encoded(head, tail if tail[-1:] == [eos] else [*tail, eos]))
         return rows
 
     def decode_completion(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
@@ -141,7 +149,9 @@ class Format:
         heads = [list(p)[-8:] for p in prompts]
         before = self._decode([*heads])
         after = self._decode([h + list(i) for h, i in zip(heads, ids, strict=True)])
-        return [a[len(b) :] if a.startswith(b) else self._decode([list(i)])[0] for a, b, i in zip(after, before, ids, strict=True)]
+        return [
+            a[len(b) :] if a.startswith(b) else self._decode([list(i)])[0] for a, b, i in zip(after, before, ids, strict=True)
+        ]
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         if not rows:
@@ -155,7 +165,9 @@ def _resolve_template(name: str, tokenizer: Any) -> str | None:
     if name == "none":
         return None
     if name in TEMPLATES:
-        return TEMPLATES[name]
+        bos = tokenizer.bos_token_id  # a model that reads BOS before every text reads it before a conversation too
+        starts = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+        return ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
     path = Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -164,6 +176,12 @@ def _resolve_template(name: str, tokenizer: Any) -> str | None:
             do=f"use one of auto, none, {', '.join(TEMPLATES)}, or the path of a Jinja file",
         )
     return path.read_text(encoding="utf-8")
+
+
+def context_length(config: Any) -> int:
+    """The most tokens a model reads: `max_position_embeddings` of the (text) configuration; 2,048 where a model states none."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 2048)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple["torch.Tensor", "torch.Tensor"]:

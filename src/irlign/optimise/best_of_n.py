@@ -47,7 +47,9 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[
     selected = []
     for prompt_id, pool in by_prompt.items():
         if len(pool) < n:
-            raise DataError(f"{len(pool)} candidates, and best_of_n.n asks for {n}", where=f"prompt {prompt_id}", do="lower it or draw more")
+            raise DataError(
+                f"{len(pool)} candidates, and best_of_n.n asks for {n}", where=f"prompt {prompt_id}", do="lower it or draw more"
+            )
         best = max(pool, key=lambda row: (row["finish_reason"] != "length", row[f"{SCORE}{reward}"], -row["index"]))
         prompt = json.loads(best["prompt"]) if best["conversational"] else best["prompt"]
         selected.append(
@@ -65,7 +67,8 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[
 
 
 def write_selected(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line, in the order of the candidates."""
-    with path.open("w", encoding="utf-8") as file:
+    """One JSON object a line, in the order of the candidates; a lone surrogate is written as its JSON escape."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

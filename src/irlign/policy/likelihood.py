@@ -8,14 +8,21 @@ from irlign.data.chat import IGNORED, Encoded, length_sorted_batches, pad
 from irlign.policy.load import Policy
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
+LOGITS = 2**30  # at most so many numbers in one batch of logits, whatever the vocabulary: 4 GiB
 
 
 def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -> np.ndarray:
-    """log pi(y | x) of each row in nats, EOS included: `sum_t log pi(y_t | x, y_<t)` (method.md section 1). Shape [rows]."""
+    """log pi(y | x) of each row in nats, EOS included: `sum_t log pi(y_t | x, y_<t)` (method.md section 1). Shape [rows].
+
+    A row longer than the model's context is cut to it.
+    """
     import torch
 
     result = np.zeros(len(rows))
-    budget = GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS
+    rows = [row.within(policy.max_length) for row in rows]
+    budget = min(
+        GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // policy.model.get_input_embeddings().num_embeddings
+    )
     with torch.inference_mode():
         for batch in length_sorted_batches([len(r) for r in rows], budget):
             ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
@@ -23,7 +30,9 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
             ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
             logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
             targets_B_T = labels_B_T[:, 1:]
-            nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
+            nll = torch.nn.functional.cross_entropy(
+                logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none"
+            )
             result[batch] = -nll.sum(1).double().cpu().numpy()
             if progress is not None:
                 progress.advance(len(batch))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from irlign.data.chat import context_length
 from irlign.errors import ModelError
 
 if TYPE_CHECKING:
@@ -42,12 +43,6 @@ def device() -> "torch.device":
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def context_length(config: Any) -> int:
-    """`max_position_embeddings` of the (text) configuration; 2,048 where a model states none."""
-    text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or 2048)
-
-
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """The tokenizer in a folder or at a Hub id, or a `ModelError` that says what is missing."""
     from transformers import AutoTokenizer
@@ -56,30 +51,56 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        raise ModelError(f"no usable tokenizer: {_first_line(error)}", where=path, do="save the model's tokenizer beside it") from error
+        remedy = (
+            "save the model's tokenizer beside it"
+            if Path(path).is_dir()
+            else "give the folder that holds config.json, or a Hub id"
+        )
+        raise ModelError(f"no usable tokenizer: {_first_line(error)}", where=path, do=remedy) from error
 
 
 def load_policy(path: str, name: str = "policy") -> Policy:
-    """The causal language model in a folder (or adapter folder, with peft installed) or at a Hub id."""
+    """The causal language model in a folder or at a Hub id; an adapter's folder (needs peft) gives the merged model.
+
+    Raises ModelError where it cannot generate text, lacks weights, or does not fit its tokenizer.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     tokenizer = load_tokenizer(path)
     adapter = Path(path, "adapter_config.json").is_file()
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
+    info: dict[str, Any] = {}
     if not adapter:
         try:
             config = AutoConfig.from_pretrained(path)
         except Exception as error:
             raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path) from error
-        wrong_head = [a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a]
+        wrong_head = [
+            a
+            for a in (config.architectures or [])
+            if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a
+        ]
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
             kind = ", ".join(config.architectures or [config.model_type])
-            raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
+            raise ModelError(
+                f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text"
+            )
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if torch.cuda.is_available() else torch.float32)
+        if adapter:
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
     except Exception as error:
-        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=path) from error
+        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=path, do=_install_peft(error)) from error
+    missing = sorted(info.get("missing_keys", ()))
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing, {missing[0]} first", where=path, do="fetch the whole checkpoint again"
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {model.get_input_embeddings().num_embeddings}",
@@ -102,6 +123,10 @@ def _must_exist(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists()
     if looks_local and not Path(path).is_dir():
         raise ModelError("no such model folder", where=path, do="give the folder that holds config.json, or a Hub id")
+
+
+def _install_peft(error: BaseException) -> str | None:
+    return "pip install 'irlign[peft]'" if isinstance(error, ImportError) and error.name == "peft" else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,23 +38,26 @@ def train_sft(
     form = Format(policy.tokenizer, chat_template)
     rows = form.encode([d.prompt.content for d in train], [d.completion for d in train])
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows)
+    before = mean_nll(policy, dev_rows) if dev_rows else None
 
+    stored = policy.model.dtype
+    if not settings.use_peft:
+        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
     parameters = sum(p.numel() for p in policy.model.parameters())
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),
         args=arguments,
         train_dataset=[{"input_ids": r.ids, "labels": r.labels} for r in rows],  # type: ignore[arg-type]
-        data_collator=lambda batch: _collate(batch, policy.pad_id),
+        data_collator=lambda batch: collate(batch, policy.pad_id),
     )
     log = fit(trainer, "sft", checkpoints)
-    tuned = Policy(merged(trainer.model, settings).eval(), policy.tokenizer, "sft")
+    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "sft")
     save_policy(tuned, folder)
-    return {**log, "dev_nll": {"initial": before, "sft": mean_nll(tuned, dev_rows)}, "rows": len(rows)}
+    return {**log, "dev_nll": {"initial": before, "sft": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
 
 
-def _collate(batch: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+def collate(batch: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """A dict of `input_ids_B_T`, `attention_mask_B_T`, `labels_B_T`, right-padded; padding carries no loss."""
     ids_B_T, mask_B_T = pad([row["input_ids"] for row in batch], pad_id)
     labels_B_T, _ = pad([row["labels"] for row in batch], IGNORED)

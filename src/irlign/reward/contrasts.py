@@ -30,9 +30,8 @@ def ended(text: str, finished: bool) -> str:
 
 def match_length(text: str, target: int) -> str:
     """`text` cut at the sentence end whose length in characters is nearest `target`; never the empty text."""
-    pieces = sentences(text)
-    ends = np.cumsum([len(piece) for piece in pieces])
-    return text[: ends[int(np.argmin(np.abs(ends - target)))]].rstrip() if len(ends) else text
+    ends = [int(end) for end in np.cumsum([len(piece) for piece in sentences(text)]) if text[:end].strip()]
+    return text[: min(ends, key=lambda end: abs(end - target))].rstrip() if ends else text
 
 
 def build_contrasts(
@@ -122,8 +121,8 @@ def guard_leak(controls: dict[str, Any], limit: float) -> None:
         if controls[name] > limit:
             what = name.split("_")[0]
             raise GuardError(
-                f"the {what} of an answer alone tells better from worse in {controls[name]:.0%} of the pairs (limit {limit:.0%}): "
-                f"the reward would learn {what} and nothing else",
+                f"the {what} of an answer alone tells better from worse in {controls[name]:.0%} of the pairs "
+                f"(limit {limit:.0%}): the reward would learn {what} and nothing else",
                 where="reward",
                 do="keep reward.ending=match, or give answers of like length; reward.max_leak_accuracy=1 goes on all the same",
             )

@@ -20,5 +20,7 @@ def load_reward(path: str | Path) -> RewardModel:
         raise ModelError("no reward.json here, so this is no reward", where=folder, do="give a rewards/NAME folder of a run")
     reward = read_json(folder / "reward.json")
     if reward.get("kind") not in KINDS:
-        raise ModelError(f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}")
+        raise ModelError(
+            f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}"
+        )
     return KINDS[reward["kind"]].load(folder, reward)  # type: ignore[attr-defined]

@@ -32,4 +32,5 @@ class LogRatio:
                 policy = load_policy(str(folder), side)
                 rows = Format(policy.tokenizer, self.chat_template).encode(prompts, completions)
                 total[side] = sequence_log_probs(policy, rows, bar)
+                del policy  # before the other is loaded
         return total["sft"] - total["init"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from irlign.data.chat import Encoded, Format, length_sorted_batches, pad
+from irlign.data.chat import Encoded, Format, context_length, length_sorted_batches, pad
 from irlign.errors import ModelError
 from irlign.progress import Progress
 from irlign.records import PromptContent
@@ -46,10 +46,14 @@ class Classifier:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            backbone, num_labels=1, problem_type="regression", dtype=torch.float32
-        )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(backbone)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                backbone, num_labels=1, problem_type="regression", dtype=torch.float32
+            )
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ModelError(f"no reward model can start from it: {line}", where=backbone, do="see reward.backbone") from error
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -66,8 +70,15 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        return cls(model, Format(AutoTokenizer.from_pretrained(folder), reward["chat_template"]), reward["name"])
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ModelError(
+                f"the reward model cannot be loaded: {line}", where=folder, do="run the stage reward again"
+            ) from error
+        return cls(model, Format(tokenizer, reward["chat_template"]), reward["name"])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +93,8 @@ class Classifier:
         import torch
 
         device = self.model.device
+        limit = context_length(self.model.config)
+        rows = [row.within(limit) for row in rows]
         rewards = np.zeros(len(rows))
         budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
         with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
@@ -91,5 +104,9 @@ class Classifier:
                 rewards[batch] = logits_B.double().cpu().numpy()
                 bar.advance(len(batch))
         if not np.isfinite(rewards).all():
-            raise ModelError(f"{int((~np.isfinite(rewards)).sum())} rewards are not finite", where=self.name, do="train it again with a lower learning rate")
+            raise ModelError(
+                f"{int((~np.isfinite(rewards)).sum())} rewards are not finite",
+                where=self.name,
+                do="train it again with a lower learning rate",
+            )
         return rewards

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from irlign.data.chat import Encoded, pad
+from irlign.data.chat import Encoded, context_length, pad
 from irlign.records import Contrast
 from irlign.reward.model import Classifier
 from irlign.reward.objectives import LOSSES
@@ -21,7 +21,9 @@ class RewardSettings(TrainerSettings):
     loss: Literal["logistic", "bradley-terry"] = Field("logistic", description="logistic (unpaired) or bradley-terry (paired)")
     backbone: str = Field("sft", description="what the reward model starts from: sft, init, or a checkpoint's folder or Hub id")
     ending: Literal["match", "keep"] = Field("match", description="match: one ending rule and one length a pair; keep: as drawn")
-    max_leak_accuracy: float = Field(0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart")
+    max_leak_accuracy: float = Field(
+        0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart"
+    )
     log_ratio: bool = Field(True, description="also publish the training-free reward log pi_SFT - log pi_0, as the baseline")
 
 
@@ -79,8 +81,9 @@ def accuracy_and_margin(reward: Classifier, pairs: Sequence[Contrast]) -> dict[s
 
 
 def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> tuple[list[Encoded], list[Encoded]]:
-    contents = [p.prompt.content for p in pairs]
-    return reward.format.encode(contents, [p.better for p in pairs]), reward.format.encode(contents, [p.worse for p in pairs])
+    contents, limit = [p.prompt.content for p in pairs], context_length(reward.model.config)
+    better, worse = (reward.format.encode(contents, texts) for texts in ([p.better for p in pairs], [p.worse for p in pairs]))
+    return [row.within(limit) for row in better], [row.within(limit) for row in worse]
 
 
 def _collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:

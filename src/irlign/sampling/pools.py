@@ -74,7 +74,9 @@ def guard_finished(statistics: dict[str, Any], settings: SamplingSettings) -> No
     """Error when so many of pi_SFT's answers are cut at the limit that Best-of-N would choose among fragments."""
     cut = statistics["completions/clipped_ratio"]
     if cut > settings.max_cut_share:
-        ended = "no answer ended by itself" if cut == 1 else f"{cut:.0%} of the answers were cut at {settings.max_new_tokens} tokens"
+        ended = (
+            "no answer ended by itself" if cut == 1 else f"{cut:.0%} of the answers were cut at {settings.max_new_tokens} tokens"
+        )
         raise GuardError(
             f"{ended}: pi_SFT has not learned to end, or the limit is too short for its answers",
             where="sample sft",

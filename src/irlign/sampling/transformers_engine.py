@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from irlign.data.chat import Format, pad
+from irlign.errors import DataError, ModelError
 from irlign.policy.load import load_policy
 from irlign.records import FinishReason, Sample
 from irlign.sampling.engine import Request, SamplingSettings
@@ -39,6 +40,14 @@ class TransformersEngine:
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches are cut from the requests as they come, never across calls."""
         prompts = self.format.prompts_ids([r.prompt.content for r in requests])
+        limit = self.policy.max_length
+        for request, ids in zip(requests, prompts, strict=True):
+            if len(ids) >= limit:
+                raise DataError(
+                    f"a prompt of {len(ids)} tokens leaves no room for an answer: the model reads {limit}",
+                    where=f"prompt {request.prompt.prompt_id}",
+                    do="drop or truncate long prompts (data.on_overlong)",
+                )
         rows = [(request, i) for i, request in enumerate(requests) for _ in request.seeds]
         seeds = [seed for request in requests for seed in request.seeds]
         indices = [j for request in requests for j in range(len(request.seeds))]
@@ -58,7 +67,7 @@ class TransformersEngine:
         import torch
 
         policy, model = self.policy, self.policy.model
-        limits_B = np.array([max(1, min(self.settings.max_new_tokens, policy.max_length - len(p))) for p in prompts])
+        limits_B = np.array([min(self.settings.max_new_tokens, policy.max_length - len(p)) for p in prompts])
         steps = int(limits_B.max())
         uniforms_B_T = np.stack([np.random.Generator(np.random.Philox(key=seed)).random(steps) for seed in seeds])
         tokens_B_T, logprobs_B_T = np.zeros((len(prompts), steps), dtype=np.int64), np.zeros((len(prompts), steps))
@@ -80,10 +89,14 @@ class TransformersEngine:
                 live = alive[~done]
                 tokens_B_T[live, t] = token_B.cpu().numpy()[~done]
                 logprobs_B_T[live, t] = logprob_B.double().cpu().numpy()[~done]
+                if not np.isfinite(logprobs_B_T[live, t]).all():
+                    raise ModelError(
+                        "its token probabilities are not finite", where=policy.name, do="train it again, or give another"
+                    )
                 lengths_B[live] += 1
                 done |= np.isin(tokens_B_T[alive, t], self.eos_ids) | (t + 1 >= limits_B[alive])
                 if t % DROP_EVERY == DROP_EVERY - 1 or done.all():
-                    done |= self._stopped([prompts[b] for b in alive], [tokens_B_T[b, : lengths_B[b]] for b in alive])
+                    done |= self._stopped([prompts[int(b)] for b in alive], [tokens_B_T[b, : lengths_B[b]] for b in alive])
                     if done.all():
                         break
                     keep = torch.from_numpy(np.flatnonzero(~done)).to(policy.device)
@@ -126,18 +139,17 @@ def draw_tokens(
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """One token a row by inverse CDF, and its log-probability under the untempered, unfiltered law.
 
-    `logits_B_V` float32, `uniforms_B` float64 in [0, 1). Top-k keeps the k likeliest; top-p keeps the smallest set of
-    likeliest tokens whose probability reaches p.
+    `logits_B_V` float32, `uniforms_B` float64 in [0, 1). Top-k keeps the k likeliest; top-p then keeps the smallest
+    set of the likeliest whose share reaches p (the order of transformers and vLLM).
     """
-    import torch
-
     logprobs_B_V = logits_B_V.log_softmax(-1)
     if settings.top_k or settings.top_p < 1:
-        sorted_B_V, order_B_V = (logits_B_V / settings.temperature).softmax(-1).sort(-1, descending=True, stable=True)
-        before_B_V = sorted_B_V.cumsum(-1) - sorted_B_V
-        sorted_B_V = sorted_B_V.masked_fill(before_B_V >= settings.top_p, 0.0)
+        sorted_B_V, order_B_V = (logits_B_V / settings.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         if settings.top_k:
             sorted_B_V[:, settings.top_k :] = 0.0
+        if settings.top_p < 1:
+            before_B_V = sorted_B_V.cumsum(-1) - sorted_B_V
+            sorted_B_V = sorted_B_V.masked_fill(before_B_V >= settings.top_p * sorted_B_V.sum(-1, keepdim=True), 0.0)
         token_B = order_B_V.gather(1, _invert(sorted_B_V, uniforms_B)[:, None]).squeeze(1)
     else:
         scaled = logprobs_B_V if settings.temperature == 1 else (logits_B_V / settings.temperature).log_softmax(-1)
@@ -150,5 +162,6 @@ def _invert(weights_B_V: "torch.Tensor", uniforms_B: "torch.Tensor") -> "torch.T
     import torch
 
     cumulative_B_V = weights_B_V.double().cumsum(-1)
-    target_B = uniforms_B.double() * cumulative_B_V[:, -1]
+    total_B = cumulative_B_V[:, -1]
+    target_B = torch.minimum(uniforms_B.double() * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
     return torch.searchsorted(cumulative_B_V, target_B[:, None], right=True).squeeze(1).clamp(max=weights_B_V.shape[-1] - 1)

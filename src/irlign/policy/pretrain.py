@@ -1,0 +1,125 @@
+"""pi_0 for a world: a small Llama and a word-level tokenizer, trained on the world's corpus and cached by content hash.
+
+From `policies/init` on, nothing knows that the world is synthetic.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from irlign.data.chat import Format
+from irlign.policy.load import Policy, save_policy
+from irlign.policy.sft import collate
+from irlign.progress import say
+from irlign.runs import versions
+from irlign.training import TrainerSettings, fit, training_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WORDS = r" ?[A-Za-z]+|[^A-Za-z\s]|\s"
+
+
+class PretrainSettings(TrainerSettings):
+    """The small model of a world and how it is trained."""
+
+    learning_rate: float = Field(4e-3, gt=0, description="peak learning rate (AdamW)")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the corpus")
+    per_device_train_batch_size: int = Field(64, ge=1, description="lines a step")
+    hidden_size: int = Field(96, ge=8, description="width; with 3 layers about 0.4 million parameters")
+    num_hidden_layers: int = Field(3, ge=1, description="layers")
+    num_attention_heads: int = Field(4, ge=1, description="heads; they divide the width")
+    intermediate_size: int = Field(256, ge=8, description="width of the feed-forward layers")
+    max_position_embeddings: int = Field(256, ge=32, description="context in tokens")
+
+
+def pretrain(
+    corpus: Sequence[tuple[str, str]], vocabulary: Iterable[str], settings: PretrainSettings, *, folder: Path, checkpoints: Path, seed: int
+) -> dict[str, Any]:
+    """Train a policy on `(prompt, answer)` lines, the loss on every token, and save it in `folder`.
+
+    A policy of the same corpus, settings and seed is taken from the cache (`IRLIGN_CACHE`, else ~/.cache/irlign).
+    Returns parameters, steps, losses and whether the cache had it.
+    """
+    words = sorted(set(vocabulary))
+    key = _content_hash([corpus, words, settings.model_dump(mode="json"), seed, versions()])
+    stored = Path(os.environ.get("IRLIGN_CACHE") or Path.home() / ".cache/irlign").expanduser() / "pretrained" / key
+    if (stored / "log.json").is_file():
+        shutil.copytree(stored / "policy", folder)
+        say(f"pretrain: taken from the cache ({key})")
+        return {**json.loads((stored / "log.json").read_text(encoding="utf-8")), "cached": True}
+    log = _train(corpus, words, settings, folder, checkpoints, seed)
+    try:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=stored.parent) as building:
+            shutil.copytree(folder, Path(building, "entry/policy"))
+            Path(building, "entry/log.json").write_text(json.dumps(log), encoding="utf-8")
+            if not stored.exists():
+                os.replace(Path(building, "entry"), stored)
+    except OSError as error:
+        say(f"pretrain: not cached: {error.strerror}")
+    return {**log, "cached": False}
+
+
+def _train(
+    corpus: Sequence[tuple[str, str]], words: Sequence[str], settings: PretrainSettings, folder: Path, checkpoints: Path, seed: int
+) -> dict[str, Any]:
+    from transformers import Trainer, set_seed
+
+    set_seed(seed)
+    tokenizer = word_tokenizer(words, settings.max_position_embeddings)
+    model = _small_llama(tokenizer, settings)
+    rows = Format(tokenizer, "none").encode([prompt for prompt, _ in corpus], [answer for _, answer in corpus])
+    policy = Policy(model, tokenizer, "init")
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(settings, checkpoints, seed=seed, bf16=False, report_to="none"),
+        train_dataset=[{"input_ids": row.ids, "labels": row.ids} for row in rows],  # type: ignore[arg-type]
+        data_collator=lambda batch: collate(batch, policy.pad_id),
+    )
+    log = fit(trainer, "pretrain", checkpoints)
+    model.eval()
+    save_policy(policy, folder)
+    return {**log, "parameters": sum(p.numel() for p in model.parameters()), "rows": len(rows)}
+
+
+def word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTokenizerBase":
+    """A token for each word, with and without the space before it, and for each mark of punctuation; no BOS."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    pieces = {piece.strip() for text in texts for piece, _ in split.pre_tokenize_str(text)} - {""}
+    special = ["<pad>", "<eos>", "<unk>"]
+    tokens = [*special, " ", *sorted(pieces), *sorted(f" {p}" for p in pieces if p.isalpha())]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _small_llama(tokenizer: "PreTrainedTokenizerBase", settings: PretrainSettings) -> "PreTrainedModel":
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = settings.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"})
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ids))
+
+
+def _content_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]

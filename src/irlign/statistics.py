@@ -1,0 +1,153 @@
+"""Numbers from numbers: bootstrap intervals, permutation tests, the Best-of-n estimator and its KL bound.
+
+Units: prompts within a run, seeds across runs (method.md section 8). Every random choice takes a seed, so a figure can be
+computed again.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import gammaln
+from scipy.stats import rankdata
+
+from irlign.records import Estimate, PairedTest
+
+RESAMPLES = 10_000
+
+
+def estimate(values_P: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """The mean over prompts with its percentile bootstrap interval. Raises ValueError without values."""
+    values = np.asarray(values_P, dtype=float)
+    if not len(values):
+        raise ValueError("no values to average")
+    return Estimate(float(values.mean()), _interval(_bootstrap_means(values, resamples, seed)), len(values))
+
+
+def nested_estimate(values_S_P: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """The mean over seeds of the mean over prompts; seeds are drawn, then prompts within each drawn seed."""
+    groups = [np.asarray(values, dtype=float) for values in values_S_P]
+    rng = np.random.default_rng(seed)
+    means_S_R = np.stack([_bootstrap_means(group, resamples, rng) for group in groups])
+    drawn = rng.integers(len(groups), size=(len(groups), resamples))
+    means_R = np.take_along_axis(means_S_R, drawn, axis=0).mean(0)
+    return Estimate(float(np.mean([group.mean() for group in groups])), _interval(means_R), sum(map(len, groups)))
+
+
+def paired_test(
+    a: str, b: str, values_a_P: Sequence[float] | np.ndarray, values_b_P: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> PairedTest:
+    """a minus b over the same prompts: mean, bootstrap interval, two-sided p of a sign-flip permutation test.
+
+    p counts the observed signs as one of the permutations, so it is never 0.
+    """
+    difference = np.asarray(values_a_P, dtype=float) - np.asarray(values_b_P, dtype=float)
+    mean = estimate(difference, resamples=resamples, seed=seed)
+    rng = np.random.default_rng(seed + 1)
+    extreme = 0
+    observed = abs(difference.sum()) - 1e-9
+    for size in _chunks(resamples, len(difference)):
+        signs = rng.integers(0, 2, size=(size, len(difference)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ difference) >= observed).sum())
+    return PairedTest(a, b, mean.mean, mean.ci95, (1 + extreme) / (1 + resamples), len(difference))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's correction: each p as it counts among all of them, in the given order."""
+    corrected, running = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        running = max(running, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = running
+    return corrected
+
+
+def best_of_n(selecting_N: np.ndarray, measured_N: np.ndarray, n: int, finished_N: np.ndarray | None = None) -> float:
+    """Expected `measured` of the answer that `selecting` picks among n drawn without replacement from the pool of N.
+
+    `sum_{i=n..N} C(i-1, n-1) / C(N, n) g_(i)`, i ranking by the selecting reward ascending, g averaged over equal rewards
+    (method.md section 4). With `finished`, an unfinished answer ranks below every finished one. Raises ValueError for n > N.
+    """
+    return float(best_of_n_weights(_rank_keys(selecting_N, finished_N), n) @ np.asarray(measured_N, dtype=float))
+
+
+def best_of_n_weights(keys_N: np.ndarray, n: int) -> np.ndarray:
+    """The probability that each of N answers is the pick among n of them, ties shared; shape [N], sums to 1."""
+    total = len(keys_N)
+    if not 1 <= n <= total:
+        raise ValueError(f"n={n} does not lie between 1 and the pool's {total}")
+    i = np.arange(1, total + 1)
+    with np.errstate(invalid="ignore"):
+        log_weights = _log_choose(i - 1, n - 1) - _log_choose(np.array(total), n)
+    by_rank = np.where(i >= n, np.exp(log_weights), 0.0)
+    cumulative = np.concatenate([[0.0], np.cumsum(by_rank)])
+    high, low = rankdata(keys_N, "max"), rankdata(keys_N, "min") - 1
+    return (cumulative[high] - cumulative[low]) / (high - low)
+
+
+def kl_bound(n: int) -> float:
+    """`KL(Best-of-n || policy) <= log n - (n - 1) / n`, in nats (method.md section 4); loose where answers repeat."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+def powers_of_two(largest: int) -> list[int]:
+    """1, 2, 4, ... and `largest` itself."""
+    powers = [2**k for k in range(largest.bit_length()) if 2**k <= largest]
+    return powers if powers[-1] == largest else [*powers, largest]
+
+
+def auc(better: Sequence[float] | np.ndarray, worse: Sequence[float] | np.ndarray) -> float:
+    """The probability that a better one scores higher than a worse one, a tie counting half."""
+    ranks = rankdata([*better, *worse])
+    wins = ranks[: len(better)].sum() - len(better) * (len(better) + 1) / 2
+    return float(wins / (len(better) * len(worse)))
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
+    """Rank correlation, -1 to 1; None where one side does not vary."""
+    ranks_x, ranks_y = rankdata(x), rankdata(y)
+    if len(ranks_x) < 2 or np.ptp(ranks_x) == 0 or np.ptp(ranks_y) == 0:
+        return None
+    return float(np.corrcoef(ranks_x, ranks_y)[0, 1])
+
+
+def distinct_n(texts: Sequence[str], n: int = 2) -> float:
+    """Distinct word n-grams over all word n-grams of the texts together; 0 where there is none."""
+    grams = [gram for text in texts for gram in _ngrams(text.split(), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """The share of a text's word n-grams that stood in it before; 0 for a text shorter than n words."""
+    counts = Counter(_ngrams(text.split(), n))
+    total = sum(counts.values())
+    return 1 - len(counts) / total if total else 0.0
+
+
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _rank_keys(selecting_N: np.ndarray, finished_N: np.ndarray | None) -> np.ndarray:
+    """Numbers in the order of preference: first whether it finished, then the reward."""
+    ranks = rankdata(selecting_N, "min")
+    return ranks if finished_N is None else ranks + (len(ranks) + 1) * np.asarray(finished_N, dtype=float)
+
+
+def _log_choose(n: np.ndarray, k: int) -> np.ndarray:
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+
+
+def _bootstrap_means(values: np.ndarray, resamples: int, seed: int | np.random.Generator) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.concatenate([values[rng.integers(len(values), size=(size, len(values)))].mean(1) for size in _chunks(resamples, len(values))])
+
+
+def _chunks(resamples: int, width: int) -> list[int]:
+    """Rows at a time, so that no table passes about 2 million cells."""
+    step = max(1, 2_000_000 // max(1, width))
+    return [min(step, resamples - done) for done in range(0, resamples, step)]
+
+
+def _interval(means_R: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,217 @@
+"""Sampling in process: the law, the seeds, the batch, and how an answer ends."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny import make_tiny_policy
+
+from irlign.data.chat import Encoded
+from irlign.errors import ConfigError, DataError, ModelError
+from irlign.policy.likelihood import sequence_log_probs
+from irlign.policy.load import load_policy
+from irlign.records import Prompt
+from irlign.sampling.engine import Request, SamplingSettings, load_engine
+from irlign.sampling.transformers_engine import draw_tokens
+
+TEXTS = ("the cat", "The red bird sang on the mat and", "a", "the dog ran home", "now the blue bird", "home", "a dog and", "the")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"), seed=3)
+
+
+def _engine(folder, **settings):
+    return load_engine(folder, SamplingSettings(**{"max_new_tokens": 12, **settings}), "none")
+
+
+def _requests(texts=TEXTS, count=4, first=0):
+    return [Request(Prompt.of(t, "train"), tuple(1000 * i + first + j for j in range(count))) for i, t in enumerate(texts)]
+
+
+def _drawn(samples):
+    return [(s.prompt.content, s.index, s.completion, s.finish_reason, s.tokens) for s in samples]
+
+
+def test_same_seeds_same_samples(folder):
+    first, again = (_engine(folder).draw(_requests()) for _ in range(2))
+    assert first == again  # log-probabilities included, bit for bit
+    other = _engine(folder).draw(_requests(first=77))
+    assert _drawn(other) != _drawn(first)
+    assert [(s.prompt.content, s.index) for s in first] == [(t, i) for t in TEXTS for i in range(4)]
+    assert len({s.completion for s in first}) > 20  # each answer has its own random numbers
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_the_batch_and_the_left_padding_change_nothing(tmp_path, architecture, batch_size):
+    """Prompts of 2 to 8 tokens in one batch of 32, against batches of 5 and rows alone."""
+    folder = make_tiny_policy(tmp_path, seed=3, architecture=architecture)
+    together = _engine(folder, batch_size=32).draw(_requests())
+    apart = _engine(folder, batch_size=batch_size).draw(_requests())
+    assert _drawn(together) == _drawn(apart)
+    assert [s.logprob for s in together] == pytest.approx([s.logprob for s in apart], abs=1e-4)
+
+
+def test_a_request_alone_gives_what_it_gives_among_others(folder):
+    together = _engine(folder).draw(_requests())
+    alone = _engine(folder).draw(_requests()[3:4])
+    assert _drawn(alone) == _drawn(together[12:16])
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 5, "top_p": 0.8}, {"stop": ["."], "max_new_tokens": 40}])
+def test_the_stored_log_probability_is_the_policys_own(folder, settings):
+    """At temperature 1 and unfiltered, whatever the sampling fields; the drawn ids are rebuilt from the engine itself."""
+    engine = _engine(folder, **settings)
+    samples = engine.draw(_requests())
+    prompts = [engine.format.prompt_ids(s.prompt.content) for s in samples]
+    ids, _ = engine._decode(prompts, [s for r in _requests() for s in r.seeds])
+    used = [i[: s.tokens] for i, s in zip(ids, samples, strict=True)]
+    expected = sequence_log_probs(engine.policy, [Encoded(p, i) for p, i in zip(prompts, used, strict=True)])
+    assert (used == ids) == ("stop" not in settings)  # what was drawn past a stop string is not counted
+    assert [s.logprob for s in samples] == pytest.approx(list(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_follow_the_models_law(folder, temperature):
+    engine = _engine(folder, max_new_tokens=1, batch_size=4000, temperature=temperature)
+    prompt = engine.format.prompt_ids("the cat")
+    ids, _ = engine._decode([prompt] * 4000, list(range(4000)))
+    counts = np.bincount([i[0] for i in ids], minlength=engine.policy.model.config.vocab_size)
+    with torch.inference_mode():
+        logits = engine.policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    expected = 4000 * (logits / temperature).softmax(-1).numpy()
+    rare = expected < 5
+    pooled = [(counts[~rare], expected[~rare]), ([counts[rare].sum()], [expected[rare].sum()])]
+    observed, law = (np.concatenate([p[k] for p in pooled if np.sum(p[1]) > 0]) for k in (0, 1))
+    assert len(law) > 8 and stats.chisquare(observed, law).pvalue > 0.01
+    wrong = np.roll(law, 1)
+    assert stats.chisquare(observed, wrong).pvalue < 1e-6  # the test has power
+
+
+def test_top_k_1_is_greedy_generation(folder):
+    engine = _engine(folder, top_k=1)
+    prompt = engine.format.prompt_ids(TEXTS[1])
+    ids, _ = engine._decode([prompt], [5])
+    out = engine.policy.model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, attention_mask=torch.ones(1, len(prompt))
+    )
+    assert ids[0] == out[0, len(prompt) :].tolist()
+
+
+LAW = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]])  # in order: tokens 1, 3, 4, 0, 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.65}, {1, 3}),
+        ({"top_p": 0.75}, {1, 3, 4}),
+        ({"top_p": 0.01}, {1}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 2, "top_p": 0.5}, {1}),  # of the two kept, token 1 has 4/7
+        ({"top_k": 3, "top_p": 0.99}, {1, 3, 4}),
+        ({"temperature": 0.2, "top_p": 0.75}, {1}),  # 0.4^5 is 76 % of the fifth powers
+    ],
+)
+def test_the_filters_keep_the_right_tokens_in_the_right_shares(settings, kept):
+    uniforms = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    settings = SamplingSettings(**settings)
+    tokens, logprobs = draw_tokens(LAW.log().expand(2000, -1), uniforms, settings)
+    assert set(tokens.tolist()) == kept
+    tempered = LAW[0] ** (1 / settings.temperature)
+    share = {t: float(tempered[t]) / sum(float(tempered[k]) for k in kept) for t in kept}
+    for token in kept:
+        assert (tokens == token).double().mean() == pytest.approx(share[token], abs=0.002)
+    assert torch.allclose(logprobs, LAW[0, tokens].log(), atol=1e-6)  # of the whole law at temperature 1
+
+
+def test_the_largest_uniform_never_draws_a_token_of_weight_0():
+    top = torch.tensor([1 - 2.0**-53, 0.0], dtype=torch.float64)
+    impossible_at_the_ends = torch.tensor([[-torch.inf, 0.0, 0.5, -torch.inf]]).expand(2, -1)
+    assert draw_tokens(impossible_at_the_ends, top, SamplingSettings())[0].tolist() == [2, 1]
+    assert draw_tokens(impossible_at_the_ends, top, SamplingSettings(top_k=1))[0].tolist() == [2, 2]
+
+
+class Scripted:
+    """An engine whose `_decode` is told what was drawn: `_finish` alone is looked at."""
+
+    def __init__(self, folder, **settings):
+        self.engine = _engine(folder, **settings)
+        self.prompt = self.engine.format.prompt_ids("the cat")
+
+    def finish(self, text, *, eos=False):
+        ids = self.engine.format.encode(["the cat"], [text])[0].completion_ids
+        return self.engine._finish(self.prompt, ids if eos else ids[:-1])
+
+
+def test_how_an_answer_ends(folder):
+    plain = Scripted(folder)
+    assert plain.finish(" sat.", eos=True) == (" sat.", "eos", 3)
+    assert plain.finish(" sat.") == (" sat.", "length", 2)
+    stops = Scripted(folder, stop=["\n", ". The"])
+    assert stops.finish(" sat on the mat. The dog ran") == (" sat on the mat", "stop", 6)  # sat on the mat . The
+    assert stops.finish(" sat\n a dog. The", eos=True) == (" sat", "stop", 2)
+    assert stops.finish("\n sat") == ("", "stop", 1)
+    assert stops.finish(" sat.", eos=True) == (" sat.", "eos", 3)
+
+
+def test_a_stop_string_ends_the_drawing(folder):
+    """The same answers with and without a stop string: equal up to where it stands, and no further tokens are counted."""
+    free = _engine(folder, max_new_tokens=40).draw(_requests(count=8))
+    stopped = _engine(folder, max_new_tokens=40, stop=["."]).draw(_requests(count=8))
+    for a, b in zip(free, stopped, strict=True):
+        if "." in a.completion:
+            assert (b.completion, b.finish_reason) == (a.completion.split(".")[0], "stop")
+            assert b.tokens <= a.tokens and b.logprob >= a.logprob
+        else:
+            assert _drawn([b]) == _drawn([a])
+    reasons = {s.finish_reason for s in stopped}
+    assert "stop" in reasons and len(reasons) > 1
+
+
+def test_the_limits_give_length(folder):
+    short = _engine(folder, max_new_tokens=3).draw(_requests(count=16))
+    assert {s.tokens for s in short if s.finish_reason == "length"} == {3}
+    assert all(s.tokens <= 3 for s in short) and any(s.finish_reason == "length" for s in short)
+    long = " ".join(["the cat ran"] * 20)  # 61 of 64 tokens with BOS
+    full = _engine(folder, max_new_tokens=500).draw([Request(Prompt.of(long, "train"), tuple(range(40)))])
+    assert {s.tokens for s in full if not s.finished} == {3}
+    with pytest.raises(DataError, match="64 tokens leaves no room"):
+        _engine(folder).draw([Request(Prompt.of(f"{long} the cat ran", "train"), (1,))])
+
+
+def test_the_models_generation_config_narrows_nothing(folder, tmp_path):
+    narrowed = tmp_path / "narrowed"
+    shutil.copytree(folder, narrowed)
+    stored = json.loads((narrowed / "generation_config.json").read_text())
+    greedy = {"do_sample": True, "top_k": 1, "top_p": 0.1, "temperature": 0.1, "max_length": 5, "repetition_penalty": 9.0}
+    (narrowed / "generation_config.json").write_text(json.dumps({**stored, **greedy}))
+    assert load_policy(str(narrowed)).model.generation_config.top_k == 1
+    assert _drawn(_engine(narrowed).draw(_requests())) == _drawn(_engine(folder).draw(_requests()))
+
+
+def test_every_end_token_of_the_generation_config_ends(folder, tmp_path):
+    chat = tmp_path / "chat"
+    shutil.copytree(folder, chat)
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4]}))  # 4 is the full stop
+    samples = _engine(chat, max_new_tokens=40).draw(_requests(count=8))
+    assert not any("." in s.completion for s in samples)
+    assert sum(s.finish_reason == "eos" for s in samples) > sum(
+        s.finish_reason == "eos" for s in _engine(folder, max_new_tokens=40).draw(_requests(count=8))
+    )
+
+
+def test_errors(folder, tmp_path):
+    with pytest.raises(ConfigError, match="no engine 'vlm'"):
+        _engine(folder, engine="vlm")
+    engine = _engine(folder)
+    with torch.no_grad():
+        engine.policy.model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        engine.draw(_requests())
