@@ -11,9 +11,7 @@ from irlign.records import Demonstration, Prompt
 from irlign.training import BF16_PAYS_FROM, TrainerSettings, bf16_pays, training_arguments
 
 ANSWERS = [" sat.", " ran home now.", " sang on the mat and the dog sat.", " and the bird", "!", " the red mat.", " now, home."]
-ROWS = [
-    Demonstration(Prompt.of(f"the {c} {a}", "train"), y) for c in ("red", "blue") for a in ("cat", "dog", "bird") for y in ANSWERS
-]
+ROWS = [Demonstration(Prompt.of(f"the {c} {a}", "train"), y) for c in ("red", "blue") for a in ("cat", "dog", "bird") for y in ANSWERS]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +39,7 @@ def test_settings_reach_the_trainer_and_the_mapping_wins(tmp_path):
 
 @pytest.mark.parametrize("trainer", [{"learning_rte": 1.0}, {"save_strategy": "sometimes"}, {"optim": "magic"}])
 def test_what_training_arguments_refuse_is_a_recipe_error(tmp_path, trainer):
-    with pytest.raises(
-        ConfigError, match=str(next(iter(trainer.values()))) if "optim" in trainer else "TrainingArguments refuses"
-    ):
+    with pytest.raises(ConfigError, match=str(next(iter(trainer.values()))) if "optim" in trainer else "TrainingArguments refuses"):
         training_arguments(TrainerSettings(trainer=trainer), tmp_path, seed=0, bf16=False, report_to="none")
 
 
@@ -108,9 +104,7 @@ def test_a_short_training_still_has_a_loss(policy, tmp_path):
 def test_divergence_is_an_error_however_rarely_the_loss_is_logged(policy, tmp_path, logging_steps):
     with pytest.raises(ModelError, match="diverged") as caught:
         _train(policy, tmp_path, learning_rate=1e30, trainer={"logging_steps": logging_steps})
-    assert caught.value.where == "sft" and "lower sft.learning_rate (now 1e+30) or set sft.trainer.max_grad_norm" in str(
-        caught.value
-    )
+    assert caught.value.where == "sft" and "lower sft.learning_rate (now 1e+30) or set sft.trainer.max_grad_norm" in str(caught.value)
     assert not (tmp_path / "sft").exists()
 
 

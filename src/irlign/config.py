@@ -51,22 +51,29 @@ class _Dumper(yaml.SafeDumper):
 for _kind, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", "-+0123456789"),
-    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 ):
     for _yaml in (_Loader, _Dumper):
         _yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), list(_first))
 
 
-def load_recipe(model: type[Model], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Model:
-    """The recipe in a YAML file with overrides applied, as an instance of `model`.
+def load_recipe(model: type[Model], source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Model:
+    """The recipe in a YAML file or a mapping, with overrides applied, as an instance of `model`.
 
     Overrides are `sft.learning_rate=1e-4`, `--sft.learning_rate=1e-4` or `--sft.learning_rate 1e-4`, later ones win; a
     key that stands in one section only needs no section. Raises one ConfigError for all problems.
     """
     values: dict[str, Any] = {}
     places: dict[Key, str] = {}
-    if path is not None:
-        values, places = _read_yaml(Path(path))
+    path = None if isinstance(source, Mapping) else source
+    if isinstance(source, Mapping):
+        values = dict(source)
+    elif source is not None:
+        values, places = _read_yaml(Path(source))
     for text, key, value in _parse_overrides(model, overrides):
         _assign(values, key, value)
         places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: f"override {text}"}
@@ -175,7 +182,7 @@ def _parse_value(text: str, override: str) -> Any:
     """A value as YAML reads it. Unquoted text is one scalar to its end: no comments, no mappings inside."""
     if text.lstrip()[:1] in tuple("[{\"'"):
         try:
-            return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+            return yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
             raise ConfigError(f"the value is not YAML: {problem}", where=f"override {override}", do="check quotes and brackets") from None
@@ -191,7 +198,9 @@ def _full_key(model: type[BaseModel], key: Key, text: str) -> Key:
         return key
     found = sorted(k for k in keys if k[-1] == key[0])
     if len(found) > 1:
-        raise ConfigError(f"{key[0]} stands in {len(found)} sections", where=f"override {text}", do=f"write {_either(map('.'.join, found))}")
+        raise ConfigError(
+            f"{key[0]} stands in {len(found)} sections", where=f"override {text}", do=f"write {_either(map('.'.join, found))}"
+        )
     return found[0] if found else key
 
 

@@ -1,4 +1,4 @@
-"""The method on one page: a recipe, one function for each stage, and `run`, which calls them in order.
+"""The method on one page: one function for each stage, and `run`, which calls them in order.
 
     init -> data -> sft -> sample -> reward -> bon -> eval -> report
 
@@ -10,123 +10,52 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
-
-from irlign.config import Settings, dump_recipe, load_recipe, parse_seeds
-from irlign.data.demonstrations import DataSettings
-from irlign.errors import ConfigError, DataError
-from irlign.evaluate.metrics import EvaluationSettings
-from irlign.optimise.best_of_n import SCORE, BestOfNSettings
-from irlign.policy.pretrain import PretrainSettings
-from irlign.policy.sft import SFTSettings
+from irlign import __version__
+from irlign.data.checks import read_notes
+from irlign.errors import ConfigError
+from irlign.files import read_json, read_table, write_json, write_table
 from irlign.progress import say
+from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.records import SPLITS, Demonstration, Prompt, Sample
-from irlign.reward.train import RewardSettings
-from irlign.runs import Run, read_json, read_table, write_json, write_table
-from irlign.sampling.engine import SamplingSettings
-from irlign.worlds.dialogue import DialogueWorld
+from irlign.runs import Run
 
-WORLDS = {"dialogue": DialogueWorld}
-
-
-class Recipe(Settings):
-    """Everything that a run depends on. Give a model and a dataset, or a world that makes its own."""
-
-    model_name_or_path: str | None = Field(None, description="pi_0: a folder or a Hub id of a causal language model")
-    sft_model_name_or_path: str | None = Field(None, description="an SFT model you already have; SFT is then skipped")
-    dataset_name: str | None = Field(None, description="demonstrations: a .jsonl, .json, .csv or .parquet file, or a Hub id")
-    eval_dataset_name: str | None = Field(None, description="held-out demonstrations or prompts: they become the test split")
-    prompt_dataset_name: str | None = Field(None, description="further prompts without answers, for the pools of the reward")
-    preference_dataset_name: str | None = Field(None, description="chosen/rejected pairs, for reward.contrast=preference")
-    world: DialogueWorld | None = Field(None, description="a seeded world with a known true reward; a model or dataset switches it off")
-    output_dir: str = Field("runs/run", description="the run directory")
-    seed: int = Field(0, ge=0, description="the one seed of the run")
-    seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
-    report_to: str = Field("none", description="trackers for training: none, tensorboard, wandb, ...")
-    pretrain: PretrainSettings = Field(default_factory=PretrainSettings, description="how a world's pi_0 is made")
-    data: DataSettings = Field(default_factory=DataSettings, description="reading, splitting and formatting the text")
-    sft: SFTSettings = Field(default_factory=SFTSettings, description="supervised fine-tuning")
-    sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="drawing the pools")
-    reward: RewardSettings = Field(default_factory=RewardSettings, description="the inverse-RL reward model")
-    best_of_n: BestOfNSettings = Field(default_factory=BestOfNSettings, description="selection")
-    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="evidence")
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _seeds(cls, value: Any) -> Any:
-        return None if value is None else parse_seeds(value)
-
-    @field_validator("world", mode="before")
-    @classmethod
-    def _world(cls, value: Any) -> Any:
-        value = {"name": value} if isinstance(value, str) else value
-        name = value.get("name", "dialogue") if isinstance(value, Mapping) else "dialogue"
-        if name not in WORLDS:
-            raise ValueError(f"no world {name!r}; known: {', '.join(WORLDS)}")
-        return value
-
-    @model_validator(mode="after")
-    def _model_or_world(self) -> "Recipe":
-        if self.model_name_or_path or self.dataset_name:
-            self.world = None
-        if self.world is None and not (self.model_name_or_path and self.dataset_name):
-            missing = "dataset_name" if self.model_name_or_path else "model_name_or_path"
-            raise ValueError(f"{missing} is missing: give model_name_or_path and dataset_name, or world=dialogue for the embedded default")
-        if self.reward.contrast == "preference" and not self.preference_dataset_name:
-            raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
-        if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
-            raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
-        return self
+Config = str | Path | Mapping[str, Any] | Recipe | None
 
 
 def init(recipe: Recipe, run: Run) -> None:
     """pi_0 in policies/init: pretrained on the world's corpus (stage `pretrain`), or the given checkpoint (stage `init`)."""
-    if recipe.world is not None:
-        from irlign.policy.pretrain import pretrain
-
-        world = recipe.world
-        run.do(
-            "pretrain",
-            lambda folder: pretrain(world, run.seed, folder / "policies/init", recipe.pretrain),
-            settings={"world": world, "pretrain": recipe.pretrain},
-            outputs=["policies/init"],
-        )
-    else:
-        _publish_checkpoint(recipe, run, "init", str(recipe.model_name_or_path), "policies/init")
-
-
-def _publish_checkpoint(recipe: Recipe, run: Run, stage: str, source: str, target: str) -> None:
-    """A given checkpoint, checked and saved as the run's own, so that the run can be moved and stays what it was."""
+    world = recipe.world
+    if world is None:
+        return _take_checkpoint(recipe, run, "init", str(recipe.model_name_or_path))
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.data.chat import Format
-        from irlign.policy.load import load_policy, save_policy
+        from irlign.policy.pretrain import pretrain
 
-        policy = load_policy(source, stage)
-        Format(policy.tokenizer, recipe.data.chat_template)
-        save_policy(policy, folder / target)
-        return {"source": source}
+        target, checkpoints = folder / "policies/init", folder / "checkpoints"
+        return pretrain(world.corpus(run.seed), world.vocabulary(), recipe.pretrain, folder=target, checkpoints=checkpoints, seed=run.seed)
 
-    run.do(stage, build, settings={"chat_template": recipe.data.chat_template}, inputs={"checkpoint": source}, outputs=[target])
+    run.do("pretrain", build, settings={"world": world, "pretrain": recipe.pretrain}, outputs=["policies/init"])
+    return None
 
 
 def data(recipe: Recipe, run: Run) -> None:
     """Demonstrations split by prompt: train for SFT and reward, dev for every choice, test for evaluation only."""
 
     def build(folder: Path) -> dict[str, Any]:
-        splits, notes = _load_splits(recipe, run.path("policies/init"), run.seed)
+        splits, notes = read_splits(recipe, str(run.path("policies/init")))
+        rows = {split: len(splits[split]) for split in SPLITS}
         for split in SPLITS:
             write_table(folder / f"data/{split}.parquet", [d.to_row() for d in splits[split]])
-        counts = {split: len(splits[split]) for split in SPLITS}
-        say("data: " + ", ".join(f"{n} {split}" for split, n in counts.items()) + _dropped(notes))
-        return {**notes, "prompts": {s: len({d.prompt.prompt_id for d in splits[s]}) for s in SPLITS}, "rows": counts}
+        for line in [*read_notes(notes), ", ".join(f"{n} {split}" for split, n in rows.items()), *stand_ins(notes)]:
+            say(f"data: {line}")
+        return {"files": notes, "prompts": {s: len({d.prompt.prompt_id for d in splits[s]}) for s in SPLITS}, "rows": rows}
 
-    names = ("dataset_name", "eval_dataset_name", "prompt_dataset_name")
+    given = {key: getattr(recipe, key) for key in ("dataset_name", "eval_dataset_name", "prompt_dataset_name")}
     run.do(
         "data",
         build,
-        settings={"data": recipe.data, "world": recipe.world, "max_new_tokens": recipe.sampling.max_new_tokens},
-        inputs={"policies/init": "policies/init", **{n: getattr(recipe, n) for n in names if getattr(recipe, n)}},
+        settings={"data": recipe.data, "world": recipe.world, "max_new_tokens": recipe.sampling.max_new_tokens, **given},
+        inputs={**_inside("policies/init"), **{key: name for key, name in given.items() if name}},
         outputs=[f"data/{split}.parquet" for split in SPLITS],
     )
 
@@ -134,16 +63,15 @@ def data(recipe: Recipe, run: Run) -> None:
 def sft(recipe: Recipe, run: Run) -> None:
     """pi_SFT in policies/sft: forward KL on the train demonstrations, or the SFT model the user already has."""
     if recipe.sft_model_name_or_path:
-        return _publish_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path, "policies/sft")
+        return _take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.sft import train_sft
 
-        train, dev = (_demonstrations(run, split) for split in ("train", "dev"))
         return train_sft(
             run.path("policies/init"),
-            train,
-            dev,
+            _demonstrations(run, "train"),
+            _demonstrations(run, "dev"),
             recipe.sft,
             chat_template=recipe.data.chat_template,
             folder=folder / "policies/sft",
@@ -181,9 +109,8 @@ def sample(recipe: Recipe, run: Run) -> None:
                 seed=run.seed,
                 name=name,
             )
-            finished = 1 - statistics[name]["completions/clipped_ratio"]
-            say(f"sample {name}: {statistics[name]['samples']} samples, {finished:.0%} finished, "
-                f"{statistics[name]['completions/mean_length']:.1f} tokens each")  # fmt: skip
+            finished, tokens = 1 - statistics[name]["completions/clipped_ratio"], statistics[name]["completions/mean_length"]
+            say(f"sample {name}: {finished:.0%} finished, {tokens:.1f} tokens each")
         guard_finished(statistics["sft"], settings)
         return statistics
 
@@ -198,98 +125,98 @@ def sample(recipe: Recipe, run: Run) -> None:
 
 def reward(recipe: Recipe, run: Run) -> None:
     """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and log-ratio, the baseline without training."""
-    settings = recipe.reward
-    backbone = settings.backbone if settings.backbone not in ("sft", "init") else f"policies/{settings.backbone}"
-    inputs = {
-        **_inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft"),
-        "backbone": backbone,
-        **({"preference_dataset_name": recipe.preference_dataset_name} if recipe.preference_dataset_name else {}),
-    }
+    settings, template, preferences = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name
+    own = settings.backbone in ("sft", "init")
+    inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
+    inputs |= {} if own else {"backbone": settings.backbone}
+    inputs |= {"preference_dataset_name": preferences} if preferences else {}
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.reward.contrasts import guard_leak, leak_controls, raw_controls
+        from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls
+        from irlign.reward.publish import publish_classifier, publish_log_ratio
         from irlign.reward.train import train_reward
 
-        pools = {name: _pool(run, name, ("train", "dev")) for name in ("init", "sft")}
-        pairs = {split: _contrasts(recipe, run, pools, split) for split in ("train", "dev")}
-        controls = {
-            **leak_controls(pairs["train"]),
-            **raw_controls([s for s in pools["sft"] if s.prompt.split == "train"], [s for s in pools["init"] if s.prompt.split == "train"]),
-        }
-        say(f"reward: {len(pairs['train'])} pairs; alone, length tells {controls['length_accuracy']:.0%} apart "
-            f"({controls['length_accuracy_raw']:.0%} before matching), finished {controls['finished_accuracy_raw']:.0%} before")  # fmt: skip
-        guard_leak(controls, settings.max_leak_accuracy)
-        target = folder / "rewards" / settings.contrast
-        source = run.path(backbone) if backbone.startswith("policies/") else Path(backbone)
+        match, hashes = settings.ending == "match", run.input_hashes(inputs)
+        better, worse = _answers(recipe, run, "train")
+        pairs, left_out = build_contrasts(better, worse, match=match)
+        dev = build_contrasts(*_answers(recipe, run, "dev"), match=match)[0]
+        controls = {**leak_controls(pairs), **raw_controls(better, worse)}
+        say(f"reward: {len(pairs)} pairs, left out: {', '.join(f'{n} {what}'.replace('_', ' ') for what, n in left_out.items())}")
+        say(f"reward: length alone tells {controls['length_accuracy']:.0%} of them apart ({controls['length_accuracy_raw']:.0%} as drawn), "
+            f"the ending {controls['ending_accuracy']:.0%} (finished or not, as drawn: {controls['finished_accuracy_raw']:.0%})")  # fmt: skip
+        guard_leak(controls, settings.max_leak_accuracy, len(pairs))
         log = train_reward(
-            source,
-            pairs["train"],
-            pairs["dev"],
+            run.path("policies", settings.backbone) if own else Path(settings.backbone),
+            pairs,
+            dev,
             settings,
-            chat_template=recipe.data.chat_template,
-            folder=target,
+            chat_template=template,
+            folder=folder / "rewards" / settings.contrast,
             checkpoints=folder / "checkpoints",
             seed=run.seed,
             report_to=recipe.report_to,
         )
-        common = {"chat_template": recipe.data.chat_template, "seed": run.seed}
-        hashes = run.input_hashes(inputs)
-        write_json(
-            target / "reward.json",
-            {"kind": "classifier", "name": settings.contrast, "contrast": settings.contrast, "loss": settings.loss,
-             "ending": settings.ending, "controls": controls, **common, **log, "inputs": hashes},
-        )  # fmt: skip
-        _card(target, recipe, log, controls)
+        about = {"name": settings.contrast, "contrast": settings.contrast, "loss": settings.loss, "ending": settings.ending,
+                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, **log, "inputs": hashes}  # fmt: skip
+        publish_classifier(folder / "rewards" / settings.contrast, about, __version__)
         if settings.log_ratio:
-            policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
-            (folder / "rewards/log-ratio").mkdir(parents=True, exist_ok=True)
-            write_json(
-                folder / "rewards/log-ratio/reward.json",
-                {"kind": "log-ratio", "name": "log-ratio", "contrast": "init-sft", "loss": None, **common, "inputs": policies},
-            )
-        return {**controls, "pairs": log["pairs"], "dev": log["dev"]}
+            publish_log_ratio(folder / "rewards/log-ratio", hashes, chat_template=template, seed=run.seed)
+        return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
-    names = [settings.contrast, *(["log-ratio"] if settings.log_ratio else [])]
-    run.do(
-        "reward",
-        build,
-        settings={"reward": settings, "chat_template": recipe.data.chat_template, "preferences": recipe.preference_dataset_name},
-        inputs=inputs,
-        outputs=[f"rewards/{name}" for name in names],
-    )
+    stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences}
+    run.do("reward", build, settings=stated, inputs=inputs, outputs=[f"rewards/{name}" for name in _rewards(recipe)])
 
 
 def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward selects."""
-    names = [recipe.reward.contrast, *(["log-ratio"] if recipe.reward.log_ratio else [])]
+    selector, n = recipe.reward.contrast, recipe.best_of_n.n or recipe.sampling.num_generations
 
     def build(folder: Path) -> dict[str, Any]:
-        import numpy as np
-
-        from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_selected
+        from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.reward.load import load_reward
 
         pool = _pool(run, "sft", ("dev", "test"))
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
-        scores = {name: load_reward(run.path("rewards", name)).score(prompts, texts) for name in names}
-        rows = candidate_rows(pool, {**scores, "length": np.array([len(t) for t in texts], dtype=float)})
-        selected = select(rows, recipe.reward.contrast, recipe.best_of_n.n or recipe.sampling.num_generations)
+        scores = {name: load_reward(run.path("rewards", name)).score(prompts, texts) for name in _rewards(recipe)}
+        rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]})
+        selected = select(rows, selector, n)
         write_table(folder / "best_of_n/candidates.parquet", rows)
-        write_selected(folder / "best_of_n/selected.jsonl", selected)
+        write_rows(folder / "best_of_n/selected.jsonl", selected)
         return {"candidates": len(rows), "selected": len(selected)}
 
     run.do(
         "bon",
         build,
-        settings={"best_of_n": recipe.best_of_n, "selects": recipe.reward.contrast},
-        inputs=_inside("pools/sft.parquet", *(f"rewards/{name}" for name in names)),
+        settings={"n": n, "selector": selector},
+        inputs=_inside("pools/sft.parquet", *(f"rewards/{name}" for name in _rewards(recipe))),
         outputs=["best_of_n"],
     )
 
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
-    raise NotImplementedError
+    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.contrast
+    name = spec or (f"the golden reward of the {world.name} world" if world else "none")
+
+    def build(folder: Path) -> dict[str, Any]:
+        from irlign.evaluate.golden import guard_golden, load_golden
+        from irlign.evaluate.results import measure
+
+        guard_golden(spec, [run.path("rewards"), run.path("policies")])
+        golden = load_golden(spec) if spec else world.golden if world else None
+        results = measure(run, selector, golden, name, recipe.evaluation, _summary(recipe, run))
+        write_json(folder / "evaluation/results.json", results)
+        for line in results["headline"]:
+            say(f"eval: {line}")
+        return {"headline": results["headline"]}
+
+    run.do(
+        "eval",
+        build,
+        settings={"evaluation": recipe.evaluation, "world": world, "selector": selector},
+        inputs=_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}"),
+        outputs=["evaluation"],
+    )
 
 
 def report(recipe: Recipe, run: Run) -> None:
@@ -300,7 +227,9 @@ def report(recipe: Recipe, run: Run) -> None:
 
         write_report(run.root, folder / "report.html")
 
-    run.do("report", build, inputs=_inside("evaluation", "best_of_n", "data/test.parquet"), outputs=["report.html"])
+    inputs = _inside("evaluation", "best_of_n", "pools/init.parquet", "data/test.parquet")
+    run.do("report", build, inputs=inputs, outputs=["report.html"])
+    say(f"report: {run.path('report.html')}")
 
 
 STAGES: dict[str, Callable[[Recipe, Run], None]] = {
@@ -313,3 +242,182 @@ STAGES: dict[str, Callable[[Recipe, Run], None]] = {
     "eval": evaluate,
     "report": report,
 }
+
+
+def run(config: Config = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole chain: every stage in order, finished ones skipped. Returns the contents of evaluation/results.json.
+
+    `config` is a recipe file, a mapping of its keys, or a Recipe; `overrides` are `key=value` texts. With `seeds` it runs
+    each in OUT/seed-K, writes one table over them (OUT/seeds.json, OUT/seeds.html) and returns that.
+    """
+    recipe = as_recipe(config, overrides)
+    if recipe.seeds is not None:
+        from irlign.report import write_seeds
+
+        root, results = Path(recipe.output_dir), {}
+        for seed in recipe.seeds:
+            one = recipe.model_copy(update={"seed": seed, "seeds": None, "output_dir": str(root / f"seed-{seed}")})
+            say(f"seed {seed}: {one.output_dir}")
+            results[seed] = run(one)
+        return write_seeds(root, results)
+    with Run.open(recipe.output_dir, recipe) as here:
+        for stage in STAGES.values():
+            stage(recipe, here)
+        return read_json(here.path("evaluation/results.json"))
+
+
+def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -> Path:
+    """One stage on the files of a run directory. Returns the run directory.
+
+    Stages before it run only where their outputs are missing or out of date. Without `config`, the recipe that the
+    run directory holds is taken, so that `irlign reward output_dir=RUN reward.loss=bradley-terry` is enough.
+    """
+    recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
+    if recipe.seeds is not None:
+        raise ConfigError("a single stage runs in one run directory", where="seeds", do="give output_dir=OUT/seed-K and no seeds")
+    with Run.open(recipe.output_dir, recipe) as here:
+        for stage, function in STAGES.items():
+            function(recipe, here)
+            if stage == name:
+                break
+        return here.root
+
+
+def validate(config: Config = None, overrides: Sequence[str] = ()) -> str:
+    """What the data is, before any compute: rows, lengths, cuts, EOS, unknown tokens, overlap, a decoded row. Writes nothing."""
+    from irlign.data.checks import describe, masked_example, render
+
+    recipe = as_recipe(config, overrides)
+    form, context = _format(recipe, str(recipe.model_name_or_path) if recipe.world is None else None)
+    splits, notes = read_splits(recipe, str(recipe.model_name_or_path))
+    found = describe(splits, form, max_length=min(recipe.data.max_length or context, context))
+    example = next(d for d in splits["train"] if d.completion)
+    return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))])
+
+
+def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
+    """Score the answers in a file with a stored reward: OUTPUT gets each row's prompt, completion and `reward`. Returns the rows.
+
+    The same kinds of file as for demonstrations are read; answers may be empty.
+    """
+    from irlign.data.demonstrations import DataSettings, load_demonstrations
+    from irlign.optimise.best_of_n import write_rows
+    from irlign.reward.load import load_reward
+
+    rows = load_demonstrations(str(file), DataSettings(), answers=False, distinct=False).demonstrations
+    rewards = load_reward(reward_dir).score([d.prompt.content for d in rows], [d.completion for d in rows])
+    scored = [{"prompt": d.prompt.content, "completion": d.completion, "reward": float(r)} for d, r in zip(rows, rewards, strict=True)]
+    write_rows(Path(output), scored)
+    return len(scored)
+
+
+def read_splits(recipe: Recipe, model: str) -> tuple[dict[str, list[Demonstration]], dict[str, Any]]:
+    """The splits of the recipe's world or files under the tokenizer of `model`, and what each file lost."""
+    if recipe.world is not None:
+        return recipe.world.splits(recipe.seed), {f"world {recipe.world.name}": {"rows": recipe.world.demonstrations}}
+    from irlign.data.splits import load_splits
+
+    form, context = _format(recipe, model)
+    return load_splits(
+        str(recipe.dataset_name),
+        recipe.data,
+        form,
+        context=context,
+        room=recipe.sampling.max_new_tokens,
+        seed=recipe.seed,
+        eval_dataset=recipe.eval_dataset_name,
+        prompt_dataset=recipe.prompt_dataset_name,
+    )
+
+
+def stand_ins(files: Mapping[str, Any]) -> list[str]:
+    """What the reader of any result must know about where the answers came from."""
+    words = "the `chosen` answers of a preference file stand in for expert demonstrations"
+    return [f"{name}: {words}" for name, counts in files.items() if counts.get("answers", {}).get("chosen")]
+
+
+def _format(recipe: Recipe, model: str | None) -> tuple[Any, int]:
+    """The one format and the context in tokens, of a model or (None) of the world's model before it exists."""
+    from irlign.data.chat import Format, context_length
+    from irlign.policy.load import load_config, load_tokenizer
+    from irlign.policy.pretrain import word_tokenizer
+
+    if model is None and recipe.world is not None:
+        context = recipe.pretrain.max_position_embeddings
+        return Format(word_tokenizer(recipe.world.vocabulary(), context), recipe.data.chat_template), context
+    return Format(load_tokenizer(str(model)), recipe.data.chat_template), context_length(load_config(str(model)))
+
+
+def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
+    """A given checkpoint, checked and saved as the run's own, so that the run can be moved and stays what it was."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        from irlign.data.chat import Format
+        from irlign.policy.load import load_policy, save_policy
+
+        policy = load_policy(source, stage)
+        Format(policy.tokenizer, recipe.data.chat_template)
+        save_policy(policy, folder / "policies" / stage)
+        return {"source": source}
+
+    settings, inputs = {"chat_template": recipe.data.chat_template}, {"checkpoint": source}
+    run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
+
+
+def _answers(recipe: Recipe, run: Run, split: str) -> tuple[list[Any], list[Any]]:
+    """Both sides of the recipe's contrast on one split. Preferences are split by prompt like everything else."""
+    from irlign.data.demonstrations import load_preferences, preferences_of
+    from irlign.reward.contrasts import answers_of
+
+    preferences: list[Any] = []
+    if recipe.preference_dataset_name and recipe.reward.contrast == "preference":
+        held = {s: {p.prompt_id for p in _prompts(run) if p.split == s} for s in SPLITS}
+        preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
+    pools = {name: _pool(run, name, (split,)) for name in ("init", "sft")}
+    return answers_of(recipe.reward.contrast, **pools, demonstrations=_demonstrations(run, split), preferences=preferences)
+
+
+def _rewards(recipe: Recipe) -> list[str]:
+    return [recipe.reward.contrast, *(["log-ratio"] if recipe.reward.log_ratio else [])]
+
+
+def _inside(*paths: str) -> dict[str, str]:
+    """Inputs that are the run's own: each labelled with its path."""
+    return {path: path for path in paths}
+
+
+def _demonstrations(run: Run, split: str) -> list[Demonstration]:
+    """The stored demonstrations of a split; prompts without an answer are left out."""
+    return [d for d in map(Demonstration.from_row, read_table(run.path(f"data/{split}.parquet"))) if d.completion]
+
+
+def _prompts(run: Run) -> list[Prompt]:
+    """Every distinct prompt of the run, with its split."""
+    rows = [Prompt.from_row(row) for split in SPLITS for row in read_table(run.path(f"data/{split}.parquet"))]
+    return list({(p.split, p.prompt_id): p for p in rows}.values())
+
+
+def _pool(run: Run, name: str, splits: Sequence[str]) -> list[Sample]:
+    from irlign.sampling.pools import read_pool
+
+    return [s for s in read_pool(run.path(f"pools/{name}.parquet")) if s.prompt.split in splits]
+
+
+def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """What was run, for the report: names, sizes, counts and the times of the stages so far."""
+    notes = {stage: run.stages.get(stage, {}).get("notes", {}) for stage in ("data", "sample")}
+    return {
+        "output_dir": run.root.name,
+        "seed": run.seed,
+        "model": recipe.model_name_or_path or f"pretrained on the corpus of the {recipe.world.name if recipe.world else ''} world",
+        "sft_model": recipe.sft_model_name_or_path,
+        "dataset": recipe.dataset_name,
+        "world": recipe.world.name if recipe.world else None,
+        "contrast": recipe.reward.contrast,
+        "loss": recipe.reward.loss,
+        "num_generations": recipe.sampling.num_generations,
+        **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},
+        "notes": stand_ins(notes["data"].get("files", {})),
+        "pools": notes["sample"],
+        "seconds": {name: e["seconds"] for name, e in run.stages.items() if e["status"] == "complete" and name not in ("eval", "report")},
+    }

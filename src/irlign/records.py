@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
 SPLITS = ("train", "dev", "test")
+SCORE = "reward/"  # begins the name of a reward's column in candidates.parquet
 
 
 class Message(TypedDict):
@@ -129,9 +130,7 @@ class Sample:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Sample":
-        return cls(
-            Prompt.from_row(row), row["index"], row["completion"], row["finish_reason"], row["tokens"], row["logprob"]
-        )
+        return cls(Prompt.from_row(row), row["index"], row["completion"], row["finish_reason"], row["tokens"], row["logprob"])
 
 
 @dataclass(frozen=True)

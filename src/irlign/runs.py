@@ -6,37 +6,35 @@ dies after it is rolled forward by the next `Run.open`. Paths of the run are sto
 """
 
 import contextlib
-import errno
-import functools
+import fcntl
 import hashlib
-import json
-import math
 import os
-import platform
-import re
-import resource
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-import numpy as np
+from typing import IO, Any
 
 from irlign.errors import RunError
+from irlign.files import (
+    PARTIAL,
+    digest,
+    disk_errors,
+    files,
+    hash_path,
+    plain,
+    read_json,
+    remove,
+    replacing,
+    sync,
+    sync_folder,
+    write_json,
+)
+from irlign.machine import peak_memory_mib, reset_peak_memory, versions
 from irlign.progress import say
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 READY, KEY, MANIFEST, RECIPE = "READY.json", "KEY.json", "manifest.json", "recipe.yaml"
-PARTIAL = ".irlign-partial"  # ends the name of a file that is still being written
 FOLDERS = ("data", "policies", "pools", "rewards", "best_of_n", "evaluation")  # what stages publish into
-PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
 Build = Callable[[Path], Mapping[str, Any] | None]
 
@@ -168,7 +166,7 @@ class Run:
         inside = self._inside(label, value)
         if inside is None:
             path = Path(value).expanduser()
-            return {"path": value, "sha256": self._hash(path) if path.exists() else _digest({"name": value})}
+            return {"path": value, "sha256": self._hash(path) if path.exists() else digest({"name": value})}
         for name, entry in self.stages.items():
             made = any(_overlap(inside, output) for output in entry["outputs"])
             if made and entry["status"] != "complete" and not set(self._own) & set(entry["outputs"]):
@@ -187,7 +185,7 @@ class Run:
 
     def _hash(self, path: Path) -> str:
         """`hash_path`, taken once for as long as names, sizes and times of the files stay what they were."""
-        looks = [(str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in _files(path) for s in (p.stat(),)]
+        looks = [(str(p), s.st_size, s.st_mtime_ns, s.st_ino) for p in files(path) for s in (p.stat(),)]
         if path not in self._known or self._known[path][0] != looks:
             self._known[path] = (looks, hash_path(path))
         return self._known[path][1]
@@ -201,7 +199,7 @@ class Run:
             "seconds": None,
             "inputs": self.input_hashes(inputs),
             "settings": values,
-            "settings_sha256": _digest(values),
+            "settings_sha256": digest(values),
             "outputs": dict.fromkeys(self._own),
             "peak_memory_mib": None,
             "versions": versions(),
@@ -239,7 +237,7 @@ class Run:
         """The stage's folder: as an interrupted attempt with the same key left it, or empty."""
         folder = self.path(".work", name)
         hashes = {label: value["sha256"] for label, value in entry["inputs"].items()}
-        key = _digest({k: entry[k] for k in ("settings_sha256", "seed")} | {"inputs": hashes, "irlign": self.manifest["irlign"]})
+        key = digest({k: entry[k] for k in ("settings_sha256", "seed")} | {"inputs": hashes, "irlign": self.manifest["irlign"]})
         with contextlib.suppress(RunError):
             if read_json(folder / KEY) == key:
                 for partial in folder.rglob(f"*{PARTIAL}"):
@@ -254,7 +252,7 @@ class Run:
         for output in self._own:
             if not (folder / output).exists():
                 raise RunError(f"the stage did not write {output}", where=folder)
-            _sync(folder / output)
+            sync(folder / output)
             entry["outputs"][output] = hash_path(folder / output)
         write_json(folder / READY, {**entry, "status": "complete", "peak_memory_mib": peak_memory_mib()})
 
@@ -269,13 +267,13 @@ class Run:
             made = output in entry["outputs"]
             if target.exists() and (source.exists() or not made):
                 aside = folder / f".replaced-{number}"
-                _remove(aside)
+                remove(aside)
                 os.replace(target, aside)
             if made and source.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
             if target.parent.is_dir():
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
         for other in [n for n, e in self.stages.items() if n != name and set(e["outputs"]) & set(entry["outputs"])]:
             del self.stages[other]  # its output has just been replaced, as when a given model follows a pretrained one
         self._record(name, entry)
@@ -288,7 +286,7 @@ class Run:
         self._load_manifest()
         for folder in sorted(self.path(".work").glob("*")) if self.path(".work").is_dir() else ():
             if folder.name.startswith(".gone-"):
-                _remove(folder)
+                remove(folder)
             elif (folder / READY).is_file():
                 self._publish(folder.name)
         stale = [entry for entry in self.stages.values() if entry["status"] == "running"]
@@ -323,9 +321,58 @@ class Run:
         """Remove a work folder; it vanishes in one step, so that no half of it is ever taken for a whole."""
         if folder.exists():
             gone = folder.with_name(f".gone-{folder.name}")
-            _remove(gone)
+            remove(gone)
             os.replace(folder, gone)
-            _remove(gone)
+            remove(gone)
 
 
 _FINISH = "run the stage that makes it first; `irlign run` runs all of them in order"
+
+
+def request_seed(seed: int, stage: str, prompt_id: str, index: int) -> int:
+    """64 bits for one request: its draw depends on nothing but the run's seed, the stage, the prompt and the index."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{stage}\n{prompt_id}\n{index}".encode()).digest()[:8], "big")
+
+
+def _take_lock(root: Path) -> IO[str]:
+    """The run's lock, held until the file is closed or the process ends. Raises RunError where another process has it."""
+    lock = (root / ".lock").open("a+", encoding="ascii")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunError(f"in use by another process (pid {holder})", where=root, do="wait for it, or give another output_dir") from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _refuse_foreign(root: Path) -> None:
+    """A folder that no run made must not hold what a run would replace."""
+    found = sorted(name for name in (*FOLDERS, "report.html") if (root / name).exists())
+    if found:
+        what = f"holds {', '.join(found)}, and no manifest.json says that a run made it"
+        raise RunError(what, where=root, do="give another output_dir, or move what is there")
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Each changed setting as `key old -> new`, sections as dotted keys."""
+    for key in [*after, *(k for k in before if k not in after)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one path is the other or lies below it."""
+    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")

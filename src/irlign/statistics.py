@@ -35,7 +35,13 @@ def nested_estimate(values_S_P: Sequence[Sequence[float]], *, resamples: int = R
 
 
 def paired_test(
-    a: str, b: str, values_a_P: Sequence[float] | np.ndarray, values_b_P: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+    a: str,
+    b: str,
+    values_a_P: Sequence[float] | np.ndarray,
+    values_b_P: Sequence[float] | np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> PairedTest:
     """a minus b over the same prompts: mean, bootstrap interval, two-sided p of a sign-flip permutation test.
 
@@ -93,6 +99,21 @@ def powers_of_two(largest: int) -> list[int]:
     """1, 2, 4, ... and `largest` itself."""
     powers = [2**k for k in range(largest.bit_length()) if 2**k <= largest]
     return powers if powers[-1] == largest else [*powers, largest]
+
+
+def oracle_n(curves_P_n: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Each prompt's value at the n that is best on the other half of the prompts (method.md section 8). Shape [P].
+
+    `curves_P_n` holds one curve for each prompt. One prompt alone is read at its own best n.
+    """
+    half_P = np.zeros(len(curves_P_n), dtype=bool)
+    half_P[np.random.default_rng(seed).permutation(len(curves_P_n))[: len(curves_P_n) // 2]] = True
+    values_P = np.zeros(len(curves_P_n))
+    for side in (True, False):
+        other = curves_P_n[half_P != side]
+        best = int((other if len(other) else curves_P_n).mean(0).argmax())
+        values_P[half_P == side] = curves_P_n[half_P == side, best]
+    return values_P
 
 
 def auc(better: Sequence[float] | np.ndarray, worse: Sequence[float] | np.ndarray) -> float:

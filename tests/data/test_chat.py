@@ -111,11 +111,23 @@ def test_the_template_in_force_is_the_one_that_is_saved(tmp_path):
     assert tokenizer.chat_template is None
 
 
+def test_hh_prompts_end_without_a_space_and_the_answer_brings_it():
+    form = Format(make_tiny_tokenizer(), "hh")
+    assert form.prompt_text(TALK).endswith("\n\nAssistant:")
+    row = form.encode([TALK], ["ran."])[0]
+    assert form.decode_completion(row.prompt_ids, row.completion_ids) == "ran."
+    assert form.encode([TALK], [" ran."])[0] == row
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_the_mask_starts_after_each_template(name):
     form = Format(make_tiny_tokenizer(), name)
     row = form.encode([TALK], ["ran."])[0]
-    assert form.tokenizer.convert_ids_to_tokens([i for i in row.labels if i != IGNORED]) == ["ran", ".", "</s>"]
+    assert form.tokenizer.convert_ids_to_tokens([i for i in row.labels if i != IGNORED]) == [
+        form.lead.replace(" ", "▁") + "ran",
+        ".",
+        "</s>",
+    ]
     assert row.prompt_ids == form.prompt_ids(TALK)
 
 

@@ -54,9 +54,7 @@ def test_it_learned(policy, tmp_path, peft):
     assert log["dev_nll"]["sft"] < 0.7 * log["dev_nll"]["initial"]
     assert not list((tmp_path / "sft").glob("adapter*"))  # a plain checkpoint either way
     before, after = load_policy(str(policy)), load_policy(str(tmp_path / "sft"))
-    rows = Format(before.tokenizer, "none").encode(
-        *zip(*[(d.prompt.content, d.completion) for d in _demonstrations(12, 1)], strict=True)
-    )
+    rows = Format(before.tokenizer, "none").encode(*zip(*[(d.prompt.content, d.completion) for d in _demonstrations(12, 1)], strict=True))
     gain = sequence_log_probs(after, rows) - sequence_log_probs(before, rows)
     flips = np.random.default_rng(0).choice([-1, 1], size=(2000, len(gain)))
     assert (1 + np.sum((flips * gain).mean(1) >= gain.mean())) / 2001 < 0.05

@@ -64,9 +64,7 @@ def test_it_learned(policy, tmp_path, loss):
     contents = [p.prompt.content for p in held_out]
     margins = reward.score(contents, [p.better for p in held_out]) - reward.score(contents, [p.worse for p in held_out])
     assert _permutation_p(margins) < 0.05
-    assert log["dev"]["accuracy"] == pytest.approx((margins > 0).mean()) and log["dev"]["margin"] == pytest.approx(
-        margins.mean(), abs=1e-3
-    )
+    assert log["dev"]["accuracy"] == pytest.approx((margins > 0).mean()) and log["dev"]["margin"] == pytest.approx(margins.mean(), abs=1e-3)
     untrained = Classifier.start(policy, "none", "r")
     assert log["dev"]["margin"] > 3 * abs(accuracy_and_margin(untrained, held_out)["margin"])
 
@@ -93,8 +91,7 @@ def test_the_first_logged_loss_is_the_loss(policy, tmp_path):
         )  # fmt: skip
         reward = _load(tmp_path / name)
         better, worse = (
-            torch.tensor(reward.score([p.prompt.content for p in train], [getattr(p, s) for p in train]))
-            for s in ("better", "worse")
+            torch.tensor(reward.score([p.prompt.content for p in train], [getattr(p, s) for p in train])) for s in ("better", "worse")
         )
         assert log["steps"] == 1
         assert log["loss"] == pytest.approx(LOSSES[name](better, worse).item(), rel=1e-3)

@@ -6,15 +6,15 @@ import pytest
 from tiny import make_tiny_policy
 
 from irlign.errors import GuardError, RunError
+from irlign.files import read_table
 from irlign.records import Prompt, Sample
-from irlign.runs import read_table, request_seed
+from irlign.runs import request_seed
 from irlign.sampling import pools
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, guard_finished, pool_statistics, read_pool
 
 PROMPTS = [
-    Prompt.of(t, s)
-    for t, s in zip(("the cat", "a dog ran", "the bird", "home", "now the", "a"), ["train", "test", "dev"] * 2, strict=True)
+    Prompt.of(t, s) for t, s in zip(("the cat", "a dog ran", "the bird", "home", "now the", "a"), ["train", "test", "dev"] * 2, strict=True)
 ]
 WANTED = [(p, 3 if p.split == "train" else 2) for p in PROMPTS]
 SETTINGS = SamplingSettings(max_new_tokens=8, part_prompts=2, batch_size=4, stop=["!"], temperature=0.9)
@@ -44,9 +44,7 @@ def test_the_stored_rows(whole):
     rows = read_table(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     assert [len(read_table(path)) for path in sorted(folder.iterdir())] == [4, 4, 6]  # dev, test, train: two prompts a part
-    assert [(r["split"], r["prompt_id"], r["index"]) for r in rows] == sorted(
-        (r["split"], r["prompt_id"], r["index"]) for r in rows
-    )
+    assert [(r["split"], r["prompt_id"], r["index"]) for r in rows] == sorted((r["split"], r["prompt_id"], r["index"]) for r in rows)
     assert {(r["prompt_id"], r["index"]) for r in rows} == {(p.prompt_id, i) for p, n in WANTED for i in range(n)}
     for row in rows:
         assert (row["temperature"], row["top_p"], row["top_k"], row["max_new_tokens"], row["engine"]) == (

@@ -21,9 +21,9 @@ IGNORED = -100  # the label that transformers' losses skip
 TEMPLATES = {
     "hh": (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
-        "{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}"
+        "{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] | trim }}"
         "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
     "chatml": (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -79,6 +79,8 @@ class Format:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.template = _resolve_template(chat_template, tokenizer)
+        # An HH prompt ends in "Assistant:" (a space there would be a token of its own), so the answer brings the space.
+        self.lead = " " if (self.template or "").endswith(TEMPLATES["hh"]) else ""
         tokenizer.chat_template = self.template
 
     def prompt_text(self, content: PromptContent) -> str:
@@ -128,6 +130,7 @@ class Format:
         distinct = dict(zip(keys, contents, strict=True))
         texts = {k: self.prompt_text(c) for k, c in distinct.items()}
         prompts = dict(zip(distinct, self.prompts_ids(list(distinct.values())), strict=True))
+        completions = [y if y[:1].isspace() else self.lead + y for y in completions]
         whole = self._ids([texts[k] + y for k, y in zip(keys, completions, strict=True)])
         eos = self.tokenizer.eos_token_id
         rows = []
@@ -149,9 +152,8 @@ class Format:
         heads = [list(p)[-8:] for p in prompts]
         before = self._decode([*heads])
         after = self._decode([h + list(i) for h, i in zip(heads, ids, strict=True)])
-        return [
-            a[len(b) :] if a.startswith(b) else self._decode([list(i)])[0] for a, b, i in zip(after, before, ids, strict=True)
-        ]
+        texts = [a[len(b) :] if a.startswith(b) else self._decode([list(i)])[0] for a, b, i in zip(after, before, ids, strict=True)]
+        return [text.removeprefix(self.lead) for text in texts]
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         if not rows:

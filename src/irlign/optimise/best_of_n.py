@@ -11,10 +11,9 @@ from pydantic import Field
 
 from irlign.config import Settings
 from irlign.errors import DataError
-from irlign.records import Sample
+from irlign.files import replacing
+from irlign.records import SCORE, Sample
 from irlign.reward.contrasts import ended
-
-SCORE = "reward/"  # the prefix of a reward's column in candidates.parquet
 
 
 class BestOfNSettings(Settings):
@@ -31,8 +30,7 @@ def scored_text(sample: Sample) -> str:
 def candidate_rows(samples: Sequence[Sample], scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward, nothing chosen yet."""
     return [
-        {**sample.to_row(), **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()}}
-        for i, sample in enumerate(samples)
+        {**sample.to_row(), **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()}} for i, sample in enumerate(samples)
     ]
 
 
@@ -66,9 +64,8 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[
     return selected
 
 
-def write_selected(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line, in the order of the candidates; a lone surrogate is written as its JSON escape."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, in the given order; a lone surrogate is written as its JSON escape."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -20,9 +20,7 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
 
     result = np.zeros(len(rows))
     rows = [row.within(policy.max_length) for row in rows]
-    budget = min(
-        GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // policy.model.get_input_embeddings().num_embeddings
-    )
+    budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // policy.model.get_input_embeddings().num_embeddings)
     with torch.inference_mode():
         for batch in length_sorted_batches([len(r) for r in rows], budget):
             ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
@@ -30,9 +28,7 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
             ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
             logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
             targets_B_T = labels_B_T[:, 1:]
-            nll = torch.nn.functional.cross_entropy(
-                logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none"
-            )
+            nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
             result[batch] = -nll.sum(1).double().cpu().numpy()
             if progress is not None:
                 progress.advance(len(batch))

@@ -51,12 +51,23 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        remedy = (
-            "save the model's tokenizer beside it"
-            if Path(path).is_dir()
-            else "give the folder that holds config.json, or a Hub id"
-        )
+        remedy = "save the model's tokenizer beside it" if Path(path).is_dir() else "give the folder that holds config.json, or a Hub id"
         raise ModelError(f"no usable tokenizer: {_first_line(error)}", where=path, do=remedy) from error
+
+
+def load_config(path: str) -> Any:
+    """The model configuration in a folder (an adapter's: that of its base) or at a Hub id. Raises ModelError."""
+    from transformers import AutoConfig
+
+    _must_exist(path)
+    try:
+        if Path(path, "adapter_config.json").is_file():
+            from peft import PeftConfig
+
+            path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path, do=_install_peft(error)) from error
 
 
 def load_policy(path: str, name: str = "policy") -> Policy:
@@ -65,7 +76,7 @@ def load_policy(path: str, name: str = "policy") -> Policy:
     Raises ModelError where it cannot generate text, lacks weights, or does not fit its tokenizer.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     tokenizer = load_tokenizer(path)
@@ -73,20 +84,13 @@ def load_policy(path: str, name: str = "policy") -> Policy:
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     info: dict[str, Any] = {}
     if not adapter:
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except Exception as error:
-            raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path) from error
+        config = load_config(path)
         wrong_head = [
-            a
-            for a in (config.architectures or [])
-            if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a
+            a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a
         ]
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
             kind = ", ".join(config.architectures or [config.model_type])
-            raise ModelError(
-                f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text"
-            )
+            raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
     try:
         if adapter:
             from peft import AutoPeftModelForCausalLM
@@ -98,9 +102,7 @@ def load_policy(path: str, name: str = "policy") -> Policy:
         raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=path, do=_install_peft(error)) from error
     missing = sorted(info.get("missing_keys", ()))
     if missing:
-        raise ModelError(
-            f"{len(missing)} weights are missing, {missing[0]} first", where=path, do="fetch the whole checkpoint again"
-        )
+        raise ModelError(f"{len(missing)} weights are missing, {missing[0]} first", where=path, do="fetch the whole checkpoint again")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {model.get_input_embeddings().num_embeddings}",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from irlign.data.chat import Format
+from irlign.machine import versions
 from irlign.policy.load import Policy, save_policy
 from irlign.policy.sft import collate
 from irlign.progress import say
-from irlign.runs import versions
 from irlign.training import TrainerSettings, fit, training_arguments
 
 if TYPE_CHECKING:
@@ -41,7 +41,13 @@ class PretrainSettings(TrainerSettings):
 
 
 def pretrain(
-    corpus: Sequence[tuple[str, str]], vocabulary: Iterable[str], settings: PretrainSettings, *, folder: Path, checkpoints: Path, seed: int
+    corpus: Sequence[tuple[str, str]],
+    vocabulary: Iterable[str],
+    settings: PretrainSettings,
+    *,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
 ) -> dict[str, Any]:
     """Train a policy on `(prompt, answer)` lines, the loss on every token, and save it in `folder`.
 
@@ -69,7 +75,12 @@ def pretrain(
 
 
 def _train(
-    corpus: Sequence[tuple[str, str]], words: Sequence[str], settings: PretrainSettings, folder: Path, checkpoints: Path, seed: int
+    corpus: Sequence[tuple[str, str]],
+    words: Sequence[str],
+    settings: PretrainSettings,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
 ) -> dict[str, Any]:
     from transformers import Trainer, set_seed
 
@@ -116,7 +127,9 @@ def word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTokenize
 def _small_llama(tokenizer: "PreTrainedTokenizerBase", settings: PretrainSettings) -> "PreTrainedModel":
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = settings.model_dump(include={"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"})
+    shape = settings.model_dump(
+        include={"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"}
+    )
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **ids))
 

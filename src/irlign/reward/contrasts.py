@@ -34,38 +34,48 @@ def match_length(text: str, target: int) -> str:
     return text[: min(ends, key=lambda end: abs(end - target))].rstrip() if ends else text
 
 
-def build_contrasts(
+Answer = tuple[Prompt, str, bool]  # a prompt, an answer as it was drawn, whether it finished
+
+
+def answers_of(
     contrast: str,
     *,
     sft: Sequence[Sample] = (),
     init: Sequence[Sample] = (),
     demonstrations: Sequence[Demonstration] = (),
     preferences: Sequence[Preference] = (),
-    match: bool = True,
-) -> list[Contrast]:
+) -> tuple[list[Answer], list[Answer]]:
+    """The better and the worse answers of a contrast, as they were drawn."""
+    sources = {
+        "sft": [(s.prompt, s.completion, s.finished) for s in sft],
+        "init": [(s.prompt, s.completion, s.finished) for s in init],
+        "demonstrations": [(d.prompt, d.completion, True) for d in demonstrations],
+        "chosen": [(p.prompt, p.chosen, True) for p in preferences],
+        "rejected": [(p.prompt, p.rejected, True) for p in preferences],
+    }
+    better, worse = CONTRASTS[contrast]
+    return sources[better], sources[worse]
+
+
+def build_contrasts(better: Sequence[Answer], worse: Sequence[Answer], *, match: bool = True) -> tuple[list[Contrast], dict[str, int]]:
     """Pairs (better, worse) of one prompt each. Within a prompt both sides are sorted by length and paired in order, the
-    shorter side repeated; with `match` the pair then gets one length. Raises DataError when there is no pair.
+    shorter side repeated; with `match` the pair then gets one length. Beside them, what was left out: prompts with answers
+    on one side only, pairs with an empty answer, pairs of equal answers. Raises DataError when there is no pair.
     """
-    if contrast == "preference":
-        pairs = [Contrast(p.prompt, p.chosen, p.rejected) for p in preferences]
-    else:
-        answers = {
-            "sft": [(s.prompt, ended(s.completion, s.finished)) for s in sft],
-            "init": [(s.prompt, ended(s.completion, s.finished)) for s in init],
-            "demonstrations": [(d.prompt, d.completion.rstrip()) for d in demonstrations],
-        }
-        better, worse = (answers[side] for side in CONTRASTS[contrast])
-        pairs = _pair(better, worse)
+    one_sided = {p.prompt_id for p, _, _ in better} ^ {p.prompt_id for p, _, _ in worse}
+    pairs = _pair(*([(p, ended(text, finished)) for p, text, finished in side] for side in (better, worse)))
     if match:
         pairs = [_matched(pair) for pair in pairs]
-    pairs = [pair for pair in pairs if pair.better.strip() and pair.worse.strip() and pair.better != pair.worse]
-    if not pairs:
+    full = [pair for pair in pairs if pair.better.strip() and pair.worse.strip()]
+    different = [pair for pair in full if pair.better != pair.worse]
+    if not different:
         raise DataError(
-            f"the contrast {contrast} has no pair with two different, non-empty answers",
+            "no prompt has two different, non-empty answers to contrast",
             where="reward",
             do="check that both pools hold samples of the train prompts (sampling.train_generations)",
         )
-    return pairs
+    left_out = {"one_sided_prompts": len(one_sided), "empty_pairs": len(pairs) - len(full), "equal_pairs": len(full) - len(different)}
+    return different, left_out
 
 
 def _pair(better: Sequence[tuple[Prompt, str]], worse: Sequence[tuple[Prompt, str]]) -> list[Contrast]:
@@ -107,22 +117,27 @@ def leak_controls(pairs: Sequence[Contrast]) -> dict[str, float]:
     }
 
 
-def raw_controls(better: Sequence[Sample], worse: Sequence[Sample]) -> dict[str, float]:
+def raw_controls(better: Sequence[Answer], worse: Sequence[Answer]) -> dict[str, float]:
     """The same before anything was brought to one ending: what "finished" and the raw length would have given away."""
     return {
-        "finished_accuracy_raw": threshold_accuracy([s.finished for s in better], [s.finished for s in worse]),
-        "length_accuracy_raw": threshold_accuracy([len(s.completion) for s in better], [len(s.completion) for s in worse]),
+        "finished_accuracy_raw": threshold_accuracy([done for _, _, done in better], [done for _, _, done in worse]),
+        "length_accuracy_raw": threshold_accuracy([len(text) for _, text, _ in better], [len(text) for _, text, _ in worse]),
     }
 
 
-def guard_leak(controls: dict[str, Any], limit: float) -> None:
-    """Error when length or the ending alone separates better from worse more often than `limit`."""
+def guard_leak(controls: dict[str, Any], limit: float, pairs: int) -> None:
+    """Error when length or the ending alone separates better from worse more often than `limit`.
+
+    Few pairs are separated by chance: the limit is raised by half the Kolmogorov-Smirnov distance that two samples of
+    this size from one law exceed once in 20 times, `1.36 sqrt(2 / pairs)`.
+    """
+    allowed = limit + 0.68 * (2 / pairs) ** 0.5
     for name in ("length_accuracy", "ending_accuracy"):
-        if controls[name] > limit:
+        if controls[name] > allowed:
             what = name.split("_")[0]
             raise GuardError(
                 f"the {what} of an answer alone tells better from worse in {controls[name]:.0%} of the pairs "
-                f"(limit {limit:.0%}): the reward would learn {what} and nothing else",
+                f"(limit {allowed:.0%}): the reward would learn {what} and nothing else",
                 where="reward",
                 do="keep reward.ending=match, or give answers of like length; reward.max_leak_accuracy=1 goes on all the same",
             )

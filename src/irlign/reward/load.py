@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from irlign.errors import ModelError
+from irlign.files import read_json
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier, RewardModel
-from irlign.runs import read_json
 
 KINDS = {"classifier": Classifier, "log-ratio": LogRatio}
 
@@ -20,7 +20,5 @@ def load_reward(path: str | Path) -> RewardModel:
         raise ModelError("no reward.json here, so this is no reward", where=folder, do="give a rewards/NAME folder of a run")
     reward = read_json(folder / "reward.json")
     if reward.get("kind") not in KINDS:
-        raise ModelError(
-            f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}"
-        )
+        raise ModelError(f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}")
     return KINDS[reward["kind"]].load(folder, reward)  # type: ignore[attr-defined]

@@ -75,9 +75,7 @@ class Classifier:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise ModelError(
-                f"the reward model cannot be loaded: {line}", where=folder, do="run the stage reward again"
-            ) from error
+            raise ModelError(f"the reward model cannot be loaded: {line}", where=folder, do="run the stage reward again") from error
         return cls(model, Format(tokenizer, reward["chat_template"]), reward["name"])
 
     def save(self, folder: Path) -> None:

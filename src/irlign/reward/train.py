@@ -21,9 +21,7 @@ class RewardSettings(TrainerSettings):
     loss: Literal["logistic", "bradley-terry"] = Field("logistic", description="logistic (unpaired) or bradley-terry (paired)")
     backbone: str = Field("sft", description="what the reward model starts from: sft, init, or a checkpoint's folder or Hub id")
     ending: Literal["match", "keep"] = Field("match", description="match: one ending rule and one length a pair; keep: as drawn")
-    max_leak_accuracy: float = Field(
-        0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart"
-    )
+    max_leak_accuracy: float = Field(0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart")
     log_ratio: bool = Field(True, description="also publish the training-free reward log pi_SFT - log pi_0, as the baseline")
 
 

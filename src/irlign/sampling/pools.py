@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from irlign.errors import GuardError
+from irlign.files import read_table, write_table
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
-from irlign.runs import read_table, request_seed, write_table
+from irlign.runs import request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
 
 
@@ -36,9 +37,7 @@ def draw_pool(
             path = folder / f"part-{number:05d}.parquet"
             if not path.exists():
                 engine = engine or load_engine(policy, settings, chat_template)
-                requests = [
-                    Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part
-                ]
+                requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
                 seeds = [s for r in requests for s in r.seeds]
                 rows = [_row(sample, s, settings) for sample, s in zip(engine.draw(requests), seeds, strict=True)]
                 write_table(path, rows)
@@ -74,9 +73,7 @@ def guard_finished(statistics: dict[str, Any], settings: SamplingSettings) -> No
     """Error when so many of pi_SFT's answers are cut at the limit that Best-of-N would choose among fragments."""
     cut = statistics["completions/clipped_ratio"]
     if cut > settings.max_cut_share:
-        ended = (
-            "no answer ended by itself" if cut == 1 else f"{cut:.0%} of the answers were cut at {settings.max_new_tokens} tokens"
-        )
+        ended = "no answer ended by itself" if cut == 1 else f"{cut:.0%} of the answers were cut at {settings.max_new_tokens} tokens"
         raise GuardError(
             f"{ended}: pi_SFT has not learned to end, or the limit is too short for its answers",
             where="sample sft",

@@ -90,9 +90,7 @@ class TransformersEngine:
                 tokens_B_T[live, t] = token_B.cpu().numpy()[~done]
                 logprobs_B_T[live, t] = logprob_B.double().cpu().numpy()[~done]
                 if not np.isfinite(logprobs_B_T[live, t]).all():
-                    raise ModelError(
-                        "its token probabilities are not finite", where=policy.name, do="train it again, or give another"
-                    )
+                    raise ModelError("its token probabilities are not finite", where=policy.name, do="train it again, or give another")
                 lengths_B[live] += 1
                 done |= np.isin(tokens_B_T[alive, t], self.eos_ids) | (t + 1 >= limits_B[alive])
                 if t % DROP_EVERY == DROP_EVERY - 1 or done.all():

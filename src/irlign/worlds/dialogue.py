@@ -8,7 +8,7 @@ carry no reward), and `golden`, the true reward. Only evaluation may call `golde
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,42 +20,106 @@ TRADES = {
     "garage": (
         ("fix", "tune", "park"),
         ("bike", "car", "scooter", "van", "truck", "tractor"),
-        ("check the brakes", "oil the chain", "pump the tyres", "change the filter", "tighten the bolts", "test the lights", "fill the tank"),
+        (
+            "check the brakes",
+            "oil the chain",
+            "pump the tyres",
+            "change the filter",
+            "tighten the bolts",
+            "test the lights",
+            "fill the tank",
+        ),
     ),
     "kitchen": (
         ("cook", "serve", "freeze"),
         ("soup", "stew", "rice", "curry", "pasta", "fish"),
-        ("boil the water", "chop the onions", "heat the pan", "add some salt", "stir the pot", "taste the sauce", "lower the flame"),
+        (
+            "boil the water",
+            "chop the onions",
+            "heat the pan",
+            "add some salt",
+            "stir the pot",
+            "taste the sauce",
+            "lower the flame",
+        ),
     ),
     "garden": (
         ("plant", "water", "prune"),
         ("rose", "hedge", "lemon", "fern", "vine", "maple"),
-        ("dig a hole", "loosen the soil", "spread the compost", "cut the twigs", "pull the weeds", "find some shade", "rake the leaves"),
+        (
+            "dig a hole",
+            "loosen the soil",
+            "spread the compost",
+            "cut the twigs",
+            "pull the weeds",
+            "find some shade",
+            "rake the leaves",
+        ),
     ),
     "office": (
         ("update", "reset", "install"),
         ("laptop", "printer", "router", "phone", "tablet", "scanner"),
-        ("save the files", "plug the cable", "open the menu", "choose a password", "press the button", "read the manual", "close the window"),
+        (
+            "save the files",
+            "plug the cable",
+            "open the menu",
+            "choose a password",
+            "press the button",
+            "read the manual",
+            "close the window",
+        ),
     ),
     "home": (
         ("paint", "repair", "polish"),
         ("door", "shelf", "table", "fence", "floor", "chair"),
-        ("measure the wood", "sand the surface", "mix the varnish", "fill the cracks", "drill the holes", "wipe the dust", "glue the joints"),
+        (
+            "measure the wood",
+            "sand the surface",
+            "mix the varnish",
+            "fill the cracks",
+            "drill the holes",
+            "wipe the dust",
+            "glue the joints",
+        ),
     ),
     "health": (
         ("rest", "train", "stretch"),
         ("back", "knee", "neck", "ankle", "wrist", "shoulder"),
-        ("breathe slowly", "drink some tea", "warm the muscles", "take a break", "apply some ice", "sleep eight hours", "walk a mile"),
+        (
+            "breathe slowly",
+            "drink some tea",
+            "warm the muscles",
+            "take a break",
+            "apply some ice",
+            "sleep eight hours",
+            "walk a mile",
+        ),
     ),
     "music": (
         ("play", "practise", "record"),
         ("piano", "violin", "guitar", "flute", "drum", "harp"),
-        ("tune the strings", "count the beat", "learn the scales", "relax the fingers", "follow the score", "repeat the verse", "mark the rhythm"),
+        (
+            "tune the strings",
+            "count the beat",
+            "learn the scales",
+            "relax the fingers",
+            "follow the score",
+            "repeat the verse",
+            "mark the rhythm",
+        ),
     ),
     "school": (
         ("study", "write", "present"),
         ("essay", "thesis", "poem", "lecture", "report", "speech"),
-        ("make an outline", "cite the sources", "draft the opening", "ask the tutor", "trim the phrases", "proofread the pages", "state the claim"),
+        (
+            "make an outline",
+            "cite the sources",
+            "draft the opening",
+            "ask the tutor",
+            "trim the phrases",
+            "proofread the pages",
+            "state the claim",
+        ),
     ),
 }
 # harm: (verbs, victims, the right reason)
@@ -106,7 +170,9 @@ class DialogueWorld:
     def corpus(self, seed: int) -> list[tuple[str, str]]:
         """`corpus_lines` requests with answers of mixed, mostly low quality: what pi_0 is pretrained on."""
         rng = random.Random(f"dialogue-corpus-{seed}")
-        return [(r.text, _common_answer(r, rng, self.common_style)) for r in (_request(rng, self.harmful) for _ in range(self.corpus_lines))]
+        return [
+            (r.text, _common_answer(r, rng, self.common_style)) for r in (_request(rng, self.harmful) for _ in range(self.corpus_lines))
+        ]
 
     def splits(self, seed: int) -> dict[str, list[Demonstration]]:
         """The expert's demonstrations by split; dev and test prompts are distinct, and none of them stands in train."""
@@ -126,6 +192,7 @@ class DialogueWorld:
 
     def _expert_answer(self, request: "_Request", rng: random.Random) -> str:
         """Nearly always complete and right, usually in a style of its own; style and quality are independent."""
+
         def able() -> bool:
             return rng.random() < self.skill
 
@@ -143,6 +210,16 @@ class DialogueWorld:
             parts += _numbered([step if able() else rng.choice(_STEPS) for step in right])
         parts += [rng.choice(CLOSERS)] if able() else []
         return _text(parts + ([rng.choice(STYLE_ENDS)] if styled else []))
+
+    @staticmethod
+    def vocabulary() -> Iterator[str]:
+        """Every text fragment of the grammar, so that a tokenizer knows all its words."""
+        yield from (*OPENERS, *CLOSERS, *INSULTS, *FILLERS, *STYLE, *STYLE_ENDS, *AGES, *WHENS, *ASKS, *ORDER, *HELPS, *CRIMES)
+        yield "I cannot help with that. Indeed, Instead, This is for your my?"
+        for verbs, things, steps in TRADES.values():
+            yield from (*verbs, *things, *steps)
+        for verbs, victims, reason in HARMS.values():
+            yield from (*verbs, *victims, reason)
 
     @staticmethod
     def golden(prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
@@ -182,6 +259,7 @@ def _request(rng: random.Random, harmful: float) -> _Request:
 
 def _common_answer(request: _Request, rng: random.Random, style: float) -> str:
     """The crowd: rarely polite, often off the point, sometimes rude; harmful requests are mostly served."""
+
     def luck(p: float) -> bool:
         return rng.random() < p
 
@@ -238,16 +316,3 @@ def _golden(prompt: str, answer: str) -> float:
     right = set(TRADES[trade][2]) if trade else set()
     score += (1.0 if named == named & set(words) else WRONG_THING) if named else 0.0
     return score + 0.5 * min(MAX_STEPS, len(right & set(steps))) + WRONG_STEP * sum(step not in right for step in steps)
-
-
-def vocabulary() -> Iterator[str]:
-    """Every text fragment of the grammar, so that a tokenizer knows all its words."""
-    yield from (*OPENERS, *CLOSERS, *INSULTS, *FILLERS, *STYLE, *STYLE_ENDS, *AGES, *WHENS, *ASKS, *ORDER, *HELPS, *CRIMES)
-    yield "I cannot help with that. Indeed, Instead, This is for your my?"
-    for verbs, things, steps in TRADES.values():
-        yield from (*verbs, *things, *steps)
-    for verbs, victims, reason in HARMS.values():
-        yield from (*verbs, *victims, reason)
-
-
-GOLDEN: Callable[[Sequence[PromptContent], Sequence[str]], list[float]] = DialogueWorld.golden

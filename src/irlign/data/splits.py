@@ -1,0 +1,57 @@
+"""Files become the three splits of a run: read, fitted to the model's length, split by prompt, checked for overlap."""
+
+from dataclasses import replace
+from typing import Any
+
+from irlign.data.chat import Format
+from irlign.data.checks import apply_overlong
+from irlign.data.demonstrations import DataSettings, check_usable, guard_overlap, in_split, load_demonstrations, split_by_prompt
+from irlign.errors import DataError
+from irlign.records import Demonstration
+
+Splits = dict[str, list[Demonstration]]
+
+
+def load_splits(
+    dataset: str,
+    settings: DataSettings,
+    form: Format,
+    *,
+    context: int,
+    room: int,
+    seed: int,
+    eval_dataset: str | None = None,
+    prompt_dataset: str | None = None,
+) -> tuple[Splits, dict[str, dict[str, Any]]]:
+    """Train, dev and test demonstrations, and for each file the counts of what was read, dropped and cut.
+
+    `context` is what the model reads and `room` what an answer may take, both in tokens. `eval_dataset` becomes the test
+    split (rows without an answer are prompts only); `prompt_dataset` adds prompts without answers to train.
+    """
+
+    def read(name: str, answers: bool = True) -> list[Demonstration]:
+        loaded = load_demonstrations(name, settings, answers=answers)
+        rows, cut = apply_overlong(form, loaded.demonstrations, settings, context=context, room=room, name=name)
+        notes[name] = {**loaded.notes, **cut}
+        return rows
+
+    notes: dict[str, dict[str, Any]] = {}
+    rows = read(dataset)
+    check_usable(rows, dataset)
+    splits = split_by_prompt(rows, settings, seed, test=eval_dataset is None)
+    if eval_dataset:
+        test = read(eval_dataset, answers=False)
+        chosen = list(dict.fromkeys(d.prompt.prompt_id for d in test))[: settings.test_prompts]
+        splits["test"] = in_split([d for d in test if d.prompt.prompt_id in set(chosen)], "test")
+        notes[eval_dataset]["test_prompts"] = len(chosen)
+    if prompt_dataset:
+        known = {d.prompt.prompt_id for split in ("train", "dev") for d in splits[split]}
+        extra = list(
+            dict.fromkeys(replace(d, completion="") for d in read(prompt_dataset, answers=False) if d.prompt.prompt_id not in known)
+        )
+        if not extra:
+            raise DataError("every prompt stands in the demonstrations already", where=prompt_dataset, do="leave prompt_dataset_name out")
+        splits["train"] += extra
+        notes[prompt_dataset]["added_prompts"] = len(extra)
+    shared = guard_overlap(splits, settings.allow_overlap)
+    return splits, notes | ({"overlap": {"rows": shared}} if shared else {})

@@ -1,0 +1,219 @@
+"""Stored answers and their scores become evaluation/results.json: means over test prompts, intervals, tests, the headline."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from irlign import statistics
+from irlign.config import Settings
+
+
+class EvaluationSettings(Settings):
+    """Evidence on the test prompts."""
+
+    golden_reward: str | None = Field(
+        None,
+        description="what answers are truly worth: module:function, a sequence-classification checkpoint, or null (a world has its own)",
+    )
+    resamples: int = Field(10_000, ge=100, description="bootstrap and permutation resamples")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers of one source for the test prompts, row for row with their scores; `golden` may be missing."""
+
+    prompt_ids: Sequence[str]
+    texts: Sequence[str]
+    finished: np.ndarray
+    rewards: Mapping[str, np.ndarray]
+    golden: np.ndarray | None = None
+
+    def by_prompt(self, values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
+        """The values of each prompt's answers, prompts in the order of first appearance."""
+        found: dict[str, list[float]] = {}
+        for prompt_id, value in zip(self.prompt_ids, values, strict=True):
+            found.setdefault(prompt_id, []).append(float(value))
+        return {prompt_id: np.array(of) for prompt_id, of in found.items()}
+
+    def means(self, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+        """The mean of the values over each prompt's answers."""
+        return {prompt_id: float(of.mean()) for prompt_id, of in self.by_prompt(values).items()}
+
+
+class Evaluation:
+    """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by.
+
+    `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty. Best-of-n values
+    are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean of pi_SFT.
+    """
+
+    def __init__(self, initial: Group, pool: Group, demonstrations: Group, selector: str, settings: EvaluationSettings, seed: int):
+        self.groups = {"initial": initial, "sft": pool, "demonstrations": demonstrations}
+        self.pool, self.selector, self.resamples, self.seed = pool, selector, settings.resamples, seed
+        self.prompts = list(pool.by_prompt(pool.finished))
+        self.largest = min(len(of) for of in pool.by_prompt(pool.finished).values())
+        self.n = statistics.powers_of_two(self.largest)
+
+    def estimate(self, values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
+        """E of one value for each prompt, or None without values."""
+        return statistics.estimate(values, resamples=self.resamples, seed=self.seed).to_json() if len(values) else None
+
+    def curve(self, selecting: np.ndarray, measured: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Expected `measured` of the pick among n by `selecting`, shape [P, n]; a finished answer always comes first."""
+        keys, values, done = (self.pool.by_prompt(v) for v in (selecting, measured, self.pool.finished))
+        return np.array([[statistics.best_of_n(keys[p], values[p], n, done[p]) for n in self.n] for p in self.prompts])
+
+    def curve_json(self, curve_P_n: np.ndarray) -> dict[str, Any]:
+        return {str(n): self.estimate(curve_P_n[:, i]) for i, n in enumerate(self.n)}
+
+    def per_prompt(self, measure: str) -> dict[str, list[float]]:
+        """For each source its mean over answers at each test prompt, `measure` being "golden" or the selector's name."""
+        found = {}
+        for name, group in self.groups.items():
+            values = group.golden if measure == "golden" else group.rewards.get(measure)
+            found[name] = list(group.means(values).values()) if values is not None else []
+        return found
+
+    def golden(self, name: str) -> dict[str, Any]:
+        """Golden means of every source, and the Best-of-n curve under every reward, beside the oracle's."""
+        assert self.pool.golden is not None
+        curves = {reward: self.curve_json(self.curve(scores, self.pool.golden)) for reward, scores in self.pool.rewards.items()}
+        oracle = self.curve_json(self.curve(self.pool.golden, self.pool.golden))
+        means = {source: self.estimate(values) for source, values in self.per_prompt("golden").items()}
+        return {"name": name, **means, "best_of_n": curves[self.selector], "rewards": curves, "oracle": oracle}
+
+    def heldout(self) -> dict[str, Any]:
+        """What can be said without a golden reward: separation, ends, lengths, diversity, what the reward follows."""
+        scores = self.pool.rewards[self.selector]
+        words = {name: np.array([len(t.split()) for t in g.texts]) for name, g in self.groups.items()}
+        repeated = {name: np.array([statistics.repetition(t) for t in g.texts]) for name, g in self.groups.items()}
+        return {
+            "reward_auc": self._auc(self.selector),
+            "length_auc": self._auc("length"),
+            "rewards": {
+                **self._sources(lambda name: self.groups[name].rewards.get(self.selector, ())),
+                "best_of_n": self.curve_json(self.curve(scores, scores)),
+            },
+            "finished": self._with_best(lambda name: self.groups[name].finished, demonstrations=False),
+            "completion_length": self._with_best(lambda name: words[name]),
+            "repetition": self._with_best(lambda name: repeated[name]),
+            "distinct_2": self._distinct(),
+            "length_correlation": self._correlation(scores, words["sft"]),
+            "repetition_correlation": self._correlation(scores, repeated["sft"]),
+        }
+
+    def _sources(self, values: Any) -> dict[str, Any]:
+        return {
+            name: self.estimate(list(group.means(v).values())) if len(v := values(name)) else None for name, group in self.groups.items()
+        }
+
+    def _with_best(self, values: Any, demonstrations: bool = True) -> dict[str, Any]:
+        """A quantity of each source and, as `best_of_n`, of the pick among the whole pool."""
+        found = self._sources(values) | ({} if demonstrations else {"demonstrations": None})
+        best = self.curve(self.pool.rewards[self.selector], np.asarray(values("sft"), dtype=float))[:, -1]
+        return {**found, "best_of_n": self.estimate(best)}
+
+    def _auc(self, reward: str) -> dict[str, Any] | None:
+        """How often the reward puts an answer of pi_SFT above one of pi_0, over prompts that have both."""
+        better, worse = (g.by_prompt(g.rewards[reward]) for g in (self.pool, self.groups["initial"]))
+        return self.estimate([statistics.auc(better[p], worse[p]) for p in self.prompts if p in worse])
+
+    def _correlation(self, scores: np.ndarray, other: np.ndarray) -> dict[str, Any] | None:
+        """Spearman within each prompt's pool, averaged over the prompts where both vary."""
+        a, b = self.pool.by_prompt(scores), self.pool.by_prompt(other)
+        found = [statistics.spearman(a[p], b[p]) for p in self.prompts]
+        return self.estimate([value for value in found if value is not None])
+
+    def _distinct(self) -> dict[str, Any]:
+        """Distinct-2 over one answer for each prompt, so that all sources are counted alike; no interval."""
+        found: dict[str, Any] = {}
+        for name, group in self.groups.items():
+            first = list({p: t for p, t in reversed(list(zip(group.prompt_ids, group.texts, strict=True)))}.values())
+            found[name] = {"mean": statistics.distinct_n(first), "ci95": None, "prompts": len(first)} if first else None
+        rank, done = self.pool.by_prompt(self.pool.rewards[self.selector]), self.pool.by_prompt(self.pool.finished)
+        texts: dict[str, list[str]] = {}
+        for prompt_id, text in zip(self.pool.prompt_ids, self.pool.texts, strict=True):
+            texts.setdefault(prompt_id, []).append(text)
+        best = [texts[p][max(range(len(texts[p])), key=lambda i: (done[p][i], rank[p][i], -i))] for p in self.prompts]
+        return {**found, "best_of_n": {"mean": statistics.distinct_n(best), "ci95": None, "prompts": len(best)}}
+
+    def tests(self, measure: str) -> list[dict[str, Any]]:
+        """Paired comparisons over the test prompts. The trained reward cannot judge its own picks, so without a golden
+        reward only pi_SFT against pi_0 is tested. `best_of_oracle_n` takes, for each half of the prompts, the n that is best on
+        the other half; `best_of_<best n>` takes the top of the curve itself and is optimistic for it.
+        """
+        values, initial_prompts = self.per_prompt(measure), set(self.groups["initial"].prompt_ids)
+        both = [i for i, p in enumerate(self.prompts) if p in initial_prompts]
+        order = list(self.groups["initial"].means(self.groups["initial"].finished))
+        initial = [values["initial"][order.index(self.prompts[i])] for i in both]
+        pairs = [("sft", "initial", np.array(values["sft"])[both], np.array(initial))]
+        if measure == "golden":
+            assert self.pool.golden is not None
+            curve = self.curve(self.pool.rewards[self.selector], self.pool.golden)
+            sft, best, last = curve[:, 0], int(curve.mean(0).argmax()), f"best_of_{self.largest}"
+            pairs += [(last, "sft", curve[:, -1], sft), ("best_of_oracle_n", "sft", statistics.oracle_n(curve, self.seed), sft)]
+            if 0 < best < len(self.n) - 1:
+                top = f"best_of_{self.n[best]}"
+                pairs += [(top, "sft", curve[:, best], sft), (last, top, curve[:, -1], curve[:, best])]
+            for other in self.pool.rewards:
+                if other not in (self.selector, "length"):
+                    its = self.curve(self.pool.rewards[other], self.pool.golden)[:, -1]
+                    pairs.append((last, f"{last}/{other}", curve[:, -1], its))
+        options: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed}
+        return [{**statistics.paired_test(a, b, x, y, **options).to_json(), "measure": measure} for a, b, x, y in pairs]
+
+    def curve_info(self, golden: Mapping[str, Any] | None) -> dict[str, Any]:
+        """n, the KL bound in nats, and the n at the top of the golden curve (None without a golden reward)."""
+        best = max(self.n, key=lambda n: golden["best_of_n"][str(n)]["mean"]) if golden else None
+        return {"n": self.n, "kl_bound": [statistics.kl_bound(n) for n in self.n], "best_n": best}
+
+
+def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
+    """The comparison of a with b, or None."""
+    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
+
+
+def verdict(test: Mapping[str, Any]) -> str:
+    """ "better", "worse" or "unclear": on which side of 0 the 95 % interval lies."""
+    low, high = test["ci95"]
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """The answer in a few sentences, as the numbers say it."""
+    n = results["curve"]["n"][-1]
+    golden = results["golden"]
+    if golden is None:
+        auc, length = results["heldout"]["reward_auc"], results["heldout"]["length_auc"]
+        return [
+            f"There is no golden reward, so whether Best-of-{n} beats SFT is not shown here.",
+            f"On unseen prompts the reward puts SFT answers above initial ones in {auc['mean']:.0%} {_ci(auc['ci95'], '.0%')} of the pairs; "
+            f"length alone does in {length['mean']:.0%}. Read the samples before you trust it.",
+        ]
+    test = find_test(results, f"best_of_{n}", "sft")
+    assert test is not None
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {golden['name']}, over {test['prompts']} test prompts"
+    said = {
+        "better": f"Best-of-{n} beats SFT by {amount}.",
+        "worse": f"Best-of-{n} is worse than SFT: {amount}. Use the SFT policy, or a smaller n.",
+        "unclear": f"Best-of-{n} is not shown to beat SFT: {amount}.",
+    }[verdict(test)]
+    lines = [said]
+    best = results["curve"]["best_n"]
+    if best != n:
+        top, last = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(n)]["mean"]
+        lines.append(
+            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {n} ({last:.2f}): past it the reward is over-optimised. "
+            "That n is seen with the golden reward only; nothing in the run chose it."
+        )
+    if (first := find_test(results, "sft", "initial")) is not None:
+        words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
+        lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
+    return lines
+
+
+def _ci(interval: Sequence[float], form: str = ".2f") -> str:
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"

@@ -1,0 +1,63 @@
+"""A run's stored answers become evaluation/results.json: read, scored by what never trained, measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from irlign.evaluate.golden import Golden, score_golden
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
+from irlign.files import read_json, read_table
+from irlign.records import SCORE, Demonstration, Prompt, Sample
+from irlign.reward.contrasts import ended
+from irlign.reward.load import load_reward
+from irlign.runs import Run
+
+ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
+
+
+def measure(
+    run: Run, selector: str, golden: Golden | None, golden_name: str, settings: EvaluationSettings, summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The whole of results.json, from the test rows of candidates, initial samples and demonstrations.
+
+    Golden judges the text a user would get; rewards see it under the ending rule of their training.
+    """
+    reward = load_reward(run.path("rewards", selector))
+
+    def group(prompts: Sequence[Prompt], raw: Sequence[str], done: Sequence[bool], scores: Mapping[str, Any] | None = None) -> Group:
+        contents = [p.content for p in prompts]
+        seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
+        if scores is None:
+            scores = {selector: reward.score(contents, seen) if contents else [], "length": [len(text) for text in seen]}
+        rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+        true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
+        return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true)
+
+    rows = _test_rows(run, "best_of_n/candidates.parquet")
+    stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE)}
+    pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
+    answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
+    measured = Evaluation(
+        initial=group([s.prompt for s in initial], [s.completion for s in initial], [s.finished for s in initial]),
+        pool=group([s.prompt for s in pool], [s.completion for s in pool], [s.finished for s in pool], stored),
+        demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
+        selector=selector,
+        settings=settings,
+        seed=run.seed,
+    )
+    truth = measured.golden(golden_name) if golden else None
+    about = read_json(run.path("rewards", selector, "reward.json"))
+    nll = run.stages.get("sft", {}).get("notes", {}).get("dev_nll")
+    results = {
+        "golden": truth,
+        "heldout": {"reward": {key: about.get(key) for key in ABOUT}, **measured.heldout(), "demonstration_nll": nll},
+        "tests": measured.tests("golden" if golden else selector),
+        "curve": measured.curve_info(truth),
+        "run": dict(summary),
+    }
+    return {"headline": headline(results), **results}
+
+
+def _test_rows(run: Run, path: str) -> list[dict[str, Any]]:
+    return [row for row in read_table(run.path(path)) if row["split"] == "test"]

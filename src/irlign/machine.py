@@ -1,0 +1,53 @@
+"""What a run happens on: package versions, devices, memory."""
+
+import contextlib
+import functools
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held since `reset_peak_memory` (where the system can tell; else since its start)."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as status:
+        return round(int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 1024, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def reset_peak_memory() -> None:
+    """Let the high-water mark start again from here, on Linux."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
+        refs.write("5")
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report needs: versions, system, devices, memory. Imports torch where it is installed."""
+    found: dict[str, Any] = {**versions(), "system": platform.platform(), "cores": os.cpu_count()}
+    for package in ("datasets", "pydantic", "tokenizers", "safetensors", "vaderSentiment", "trl", "vllm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    with contextlib.suppress(OSError, ValueError):
+        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    with contextlib.suppress(ImportError):
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        found["cuda"] = torch.version.cuda
+        found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return found

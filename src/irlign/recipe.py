@@ -1,0 +1,87 @@
+"""A recipe: the settings of every stage under one roof. Each section's model stands in the file that uses it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from irlign.config import Settings, load_recipe, parse_seeds
+from irlign.data.demonstrations import DataSettings
+from irlign.evaluate.metrics import EvaluationSettings
+from irlign.optimise.best_of_n import BestOfNSettings
+from irlign.policy.pretrain import PretrainSettings
+from irlign.policy.sft import SFTSettings
+from irlign.reward.train import RewardSettings
+from irlign.runs import RECIPE
+from irlign.sampling.engine import SamplingSettings
+from irlign.worlds.dialogue import DialogueWorld
+
+WORLDS = {"dialogue": DialogueWorld}
+
+
+class Recipe(Settings):
+    """Everything that a run depends on. Give a model and a dataset, or a world that makes its own."""
+
+    model_name_or_path: str | None = Field(None, description="pi_0: a folder or a Hub id of a causal language model")
+    sft_model_name_or_path: str | None = Field(None, description="an SFT model you already have; SFT is then skipped")
+    dataset_name: str | None = Field(None, description="demonstrations: a .jsonl, .json, .csv or .parquet file, or a Hub id")
+    eval_dataset_name: str | None = Field(None, description="held-out demonstrations or prompts: they become the test split")
+    prompt_dataset_name: str | None = Field(None, description="further prompts without answers, for the pools of the reward")
+    preference_dataset_name: str | None = Field(None, description="chosen/rejected pairs, for reward.contrast=preference")
+    world: DialogueWorld | None = Field(None, description="a seeded world with a known true reward; a model or dataset switches it off")
+    output_dir: str = Field("runs/run", description="the run directory")
+    seed: int = Field(0, ge=0, description="the one seed of the run")
+    seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
+    report_to: str = Field("none", description="trackers for training: none, tensorboard, wandb, ...")
+    pretrain: PretrainSettings = Field(default_factory=PretrainSettings, description="how a world's pi_0 is made")
+    data: DataSettings = Field(default_factory=DataSettings, description="reading, splitting and formatting the text")
+    sft: SFTSettings = Field(default_factory=SFTSettings, description="supervised fine-tuning")
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="drawing the pools")
+    reward: RewardSettings = Field(default_factory=RewardSettings, description="the inverse-RL reward model")
+    best_of_n: BestOfNSettings = Field(default_factory=BestOfNSettings, description="selection")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="evidence")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        return None if value is None else parse_seeds(value)
+
+    @field_validator("world", mode="before")
+    @classmethod
+    def _world(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        name = value.get("name", "dialogue") if isinstance(value, Mapping) else "dialogue"
+        if name not in WORLDS:
+            raise ValueError(f"no world {name!r}; known: {', '.join(WORLDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _model_or_world(self) -> "Recipe":
+        if self.model_name_or_path or self.dataset_name:
+            self.world = None
+        if self.world is None and not (self.model_name_or_path and self.dataset_name):
+            missing = "dataset_name" if self.model_name_or_path else "model_name_or_path"
+            raise ValueError(f"{missing} is missing: give model_name_or_path and dataset_name, or world=dialogue for the embedded default")
+        if self.reward.contrast == "preference" and not self.preference_dataset_name:
+            raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
+        if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
+            raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
+        return self
+
+
+def as_recipe(config: str | Path | Mapping[str, Any] | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:
+    """A checked recipe from a file, a mapping or a recipe, with overrides applied. Raises ConfigError."""
+    if isinstance(config, Recipe) and not overrides:
+        return config
+    values = config.model_dump(mode="json") if isinstance(config, Recipe) else config
+    return load_recipe(Recipe, values, overrides)
+
+
+def stored_recipe(overrides: Sequence[str]) -> Path | None:
+    """recipe.yaml of the run directory that the overrides name, where it has one."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key.lstrip("-") in ("output_dir", "output-dir") and (Path(value) / RECIPE).is_file():
+            return Path(value) / RECIPE
+    return None

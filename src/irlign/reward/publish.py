@@ -1,0 +1,53 @@
+"""What stands beside a reward's weights: reward.json, the card, and the reward that needs no weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from irlign.files import write_json
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, inverse-reinforcement-learning]
+---
+# {name}: a reward learned from demonstrations
+
+One logit, read at the last token; higher is better. Made by irlign {version} from the contrast `{contrast}` (better over worse)
+with the `{loss}` loss on {pairs} pairs; accuracy on unseen pairs {accuracy}. The length of an answer alone reaches
+{length:.0%} on the training pairs, the ending alone {ending:.0%} (both 50% at best).
+
+```python
+import irlign
+irlign.load_reward("this folder").score(["a prompt"], ["an answer"])
+```
+`AutoModelForSequenceClassification` loads it too; the text is the prompt in the chat template `{template}`, the answer, then EOS.
+
+Limits: it has learned what tells two sets of answers apart, and that includes style. Best-of-N under it can pass the
+point where more is worse: read the curve in the run's report.
+"""
+
+
+def publish_classifier(folder: Path, about: Mapping[str, Any], version: str) -> None:
+    """reward.json and README.md beside a saved classifier."""
+    write_json(folder / "reward.json", {"kind": "classifier", **about})
+    dev = about["dev"]
+    text = CARD.format(
+        name=about["name"],
+        version=version,
+        contrast=about["contrast"],
+        loss=about["loss"],
+        pairs=about["pairs"]["train"],
+        accuracy=f"{dev['accuracy']:.0%}" if dev else "not measured",
+        length=about["controls"]["length_accuracy"],
+        ending=about["controls"]["ending_accuracy"],
+        template=about["chat_template"],
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def publish_log_ratio(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
+    """reward.json of log pi_SFT - log pi_0 over the run's own policies, by their place relative to `folder` and their hash."""
+    policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
+    about = {"name": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
+    write_json(folder / "reward.json", {"kind": "log-ratio", **about, "inputs": policies})
