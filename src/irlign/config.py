@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     A bool field still takes yes/no/on/off, and a number field takes `010`: the settings model reads those words itself.
     """
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {  # type: ignore[misc]
         first: [(tag, pattern) for tag, pattern in rules if tag.rsplit(":", 1)[-1] in ("null", "merge")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Writes text in quotes wherever this loader or a YAML 1.1 reader would take it for something else."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {  # type: ignore[misc]
         first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
@@ -106,7 +106,7 @@ def parse_seeds(value: object) -> list[int]:
             items = value if isinstance(value, list | tuple) else [value]
             if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
                 raise ValueError
-            seeds = list(items)
+            seeds = [int(str(item)) for item in items]
     except ValueError:
         raise ConfigError(f"{value!r} is no list of seeds", where="seeds", do="write 0..4, 0,3,5 or [0, 3, 5]") from None
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
@@ -242,7 +242,7 @@ def _explain(model: type[BaseModel], error: ValidationError, places: dict[Key, s
         known = next((parts[:n] for n in range(len(parts), 0, -1) if parts[:n] in keys), ())
         found = problems.setdefault((parts if unknown else known, unknown), {"expected": [], "got": problem["input"]})
         found["expected"].append(_expectation(problem))
-    lines = []
+    lines: list[tuple[str | None, str, str | None]] = []
     for (key, unknown), found in problems.items():
         where = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), file)
         name = ".".join(key)

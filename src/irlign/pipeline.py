@@ -204,8 +204,9 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
         guard_golden(spec, [run.path("rewards"), run.path("policies")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results = measure(run, selector, golden, name, recipe.evaluation, _summary(recipe, run))
+        results, rows = measure(run, selector, golden, name, recipe.evaluation, _summary(recipe, run))
         write_json(folder / "evaluation/results.json", results)
+        write_table(folder / "evaluation/prompts.parquet", rows)
         for line in results["headline"]:
             say(f"eval: {line}")
         return {"headline": results["headline"]}
@@ -227,8 +228,7 @@ def report(recipe: Recipe, run: Run) -> None:
 
         write_report(run.root, folder / "report.html")
 
-    inputs = _inside("evaluation", "best_of_n", "pools/init.parquet", "data/test.parquet")
-    run.do("report", build, inputs=inputs, outputs=["report.html"])
+    run.do("report", build, inputs=_inside("evaluation", "best_of_n"), outputs=["report.html"])
     say(f"report: {run.path('report.html')}")
 
 

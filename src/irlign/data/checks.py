@@ -168,7 +168,8 @@ def masked_example(form: Format, demonstration: Demonstration) -> str:
     row = form.encode([demonstration.prompt.content], [demonstration.completion])[0]
     learned = [label != IGNORED for label in row.labels]
     start = learned.index(True)
-    decode = form.tokenizer.decode
-    before, after = decode(row.ids[:start], skip_special_tokens=False), decode(row.ids, skip_special_tokens=False)
-    tail = after[len(before) :] if after.startswith(before) else decode(row.ids[start:], skip_special_tokens=False)
+    before, after, alone = (
+        str(form.tokenizer.decode(ids, skip_special_tokens=False)) for ids in (row.ids[:start], row.ids, row.ids[start:])
+    )
+    tail = after[len(before) :] if after.startswith(before) else alone
     return f"{before}[[{tail}]]"

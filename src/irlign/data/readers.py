@@ -24,7 +24,7 @@ def read_rows(name: str, *, split: str = "train", max_rows: int | None = None) -
         raise DataError("no such file", where=path, do="check the path; relative paths start at the working directory")
     else:
         rows = _hub(name, split)
-    found = []
+    found: list[Row] = []
     for row in rows:
         if max_rows is not None and len(found) >= max_rows:
             break

@@ -38,6 +38,10 @@ class Group:
             found.setdefault(prompt_id, []).append(float(value))
         return {prompt_id: np.array(of) for prompt_id, of in found.items()}
 
+    def first(self) -> dict[str, int]:
+        """The row of each prompt's first answer."""
+        return {p: i for i, p in reversed(list(enumerate(self.prompt_ids)))}
+
     def means(self, values: Sequence[float] | np.ndarray) -> dict[str, float]:
         """The mean of the values over each prompt's answers."""
         return {prompt_id: float(of.mean()) for prompt_id, of in self.by_prompt(values).items()}
@@ -127,18 +131,50 @@ class Evaluation:
         found = [statistics.spearman(a[p], b[p]) for p in self.prompts]
         return self.estimate([value for value in found if value is not None])
 
+    def _best(self) -> dict[str, int]:
+        """The row of the pool's pick for each prompt: finished first, then the reward, then the first drawn."""
+        scores = self.pool.rewards[self.selector]
+        picks: dict[str, int] = {}
+        for i, p in enumerate(self.pool.prompt_ids):
+            rank = (bool(self.pool.finished[i]), scores[i])
+            if p not in picks or rank > (bool(self.pool.finished[picks[p]]), scores[picks[p]]):
+                picks[p] = i
+        return picks
+
     def _distinct(self) -> dict[str, Any]:
         """Distinct-2 over one answer for each prompt, so that all sources are counted alike; no interval."""
-        found: dict[str, Any] = {}
-        for name, group in self.groups.items():
-            first = list({p: t for p, t in reversed(list(zip(group.prompt_ids, group.texts, strict=True)))}.values())
-            found[name] = {"mean": statistics.distinct_n(first), "ci95": None, "prompts": len(first)} if first else None
-        rank, done = self.pool.by_prompt(self.pool.rewards[self.selector]), self.pool.by_prompt(self.pool.finished)
-        texts: dict[str, list[str]] = {}
-        for prompt_id, text in zip(self.pool.prompt_ids, self.pool.texts, strict=True):
-            texts.setdefault(prompt_id, []).append(text)
-        best = [texts[p][max(range(len(texts[p])), key=lambda i: (done[p][i], rank[p][i], -i))] for p in self.prompts]
-        return {**found, "best_of_n": {"mean": statistics.distinct_n(best), "ci95": None, "prompts": len(best)}}
+        chosen = {name: [group.texts[i] for i in group.first().values()] for name, group in self.groups.items()}
+        chosen["best_of_n"] = [self.pool.texts[i] for i in self._best().values()]
+        return {
+            name: {"mean": statistics.distinct_n(texts), "ci95": None, "prompts": len(texts)} if texts else None
+            for name, texts in chosen.items()
+        }
+
+    def rows(self, prompts: Mapping[str, str]) -> list[dict[str, Any]]:
+        """One row for each test prompt: an answer of every source, its reward and golden value, and the mean values behind
+        every figure as `MEASURE/SOURCE` and `MEASURE/best_of_n`. `prompts` gives each prompt as text, by id.
+        """
+        columns: dict[str, list[float | None]] = {}
+        for measure, scores in (("golden", self.pool.golden), ("reward", self.pool.rewards[self.selector])):
+            if scores is None:
+                continue
+            for name, group in self.groups.items():
+                values = group.golden if measure == "golden" else group.rewards.get(self.selector)
+                means = group.means(values) if values is not None else {}
+                columns[f"{measure}/{name}"] = [means.get(p) for p in self.prompts]
+            curve = self.curve(self.pool.rewards[self.selector], scores)
+            columns |= {f"{measure}/best_of_{n}": curve[:, i].tolist() for i, n in enumerate(self.n)}
+        found: list[dict[str, Any]] = [
+            {"prompt_id": p, "prompt": prompts[p], **{key: of[i] for key, of in columns.items()}} for i, p in enumerate(self.prompts)
+        ]
+        picks = {**{name: group.first() for name, group in self.groups.items()}, "best_of_n": self._best()}
+        for row in found:
+            for name, pick in picks.items():
+                group, i = self.groups.get(name, self.pool), pick.get(row["prompt_id"])
+                row[f"answer/{name}"] = None if i is None else group.texts[i]
+                row[f"answer_reward/{name}"] = None if i is None else float(group.rewards[self.selector][i])
+                row[f"answer_golden/{name}"] = None if i is None or group.golden is None else float(group.golden[i])
+        return found
 
     def tests(self, measure: str) -> list[dict[str, Any]]:
         """Paired comparisons over the test prompts. The trained reward cannot judge its own picks, so without a golden

@@ -8,7 +8,7 @@ import numpy as np
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
 from irlign.files import read_json, read_table
-from irlign.records import SCORE, Demonstration, Prompt, Sample
+from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
 from irlign.reward.load import load_reward
 from irlign.runs import Run
@@ -18,8 +18,8 @@ ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 def measure(
     run: Run, selector: str, golden: Golden | None, golden_name: str, settings: EvaluationSettings, summary: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The whole of results.json, from the test rows of candidates, initial samples and demonstrations.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test.
 
     Golden judges the text a user would get; rewards see it under the ending rule of their training.
     """
@@ -56,7 +56,12 @@ def measure(
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
-    return {"headline": headline(results), **results}
+    return {"headline": headline(results), **results}, measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+
+
+def shown(content: PromptContent) -> str:
+    """A prompt for people to read: the text, or the turns with their roles."""
+    return content if isinstance(content, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in content)
 
 
 def _test_rows(run: Run, path: str) -> list[dict[str, Any]]:

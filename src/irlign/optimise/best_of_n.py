@@ -27,7 +27,7 @@ def scored_text(sample: Sample) -> str:
     return ended(sample.completion, sample.finished)
 
 
-def candidate_rows(samples: Sequence[Sample], scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def candidate_rows(samples: Sequence[Sample], scores: Mapping[str, Sequence[float] | np.ndarray]) -> list[dict[str, Any]]:
     """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward, nothing chosen yet."""
     return [
         {**sample.to_row(), **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()}} for i, sample in enumerate(samples)

@@ -20,7 +20,8 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
 
     result = np.zeros(len(rows))
     rows = [row.within(policy.max_length) for row in rows]
-    budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // policy.model.get_input_embeddings().num_embeddings)
+    vocabulary = int(policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // vocabulary)
     with torch.inference_mode():
         for batch in length_sorted_batches([len(r) for r in rows], budget):
             ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)

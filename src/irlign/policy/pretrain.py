@@ -32,7 +32,7 @@ class PretrainSettings(TrainerSettings):
 
     learning_rate: float = Field(4e-3, gt=0, description="peak learning rate (AdamW)")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the corpus")
-    per_device_train_batch_size: int = Field(64, ge=1, description="lines a step")
+    per_device_train_batch_size: int = Field(32, ge=1, description="lines a step")
     hidden_size: int = Field(96, ge=8, description="width; with 3 layers about 0.4 million parameters")
     num_hidden_layers: int = Field(3, ge=1, description="layers")
     num_attention_heads: int = Field(4, ge=1, description="heads; they divide the width")
@@ -49,7 +49,7 @@ def pretrain(
     checkpoints: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Train a policy on `(prompt, answer)` lines, the loss on every token, and save it in `folder`.
+    """Train a policy on `(prompt, answer)` lines, the loss on the answers, and save it in `folder`.
 
     A policy of the same corpus, settings and seed is taken from the cache (`IRLIGN_CACHE`, else ~/.cache/irlign).
     Returns parameters, steps, losses and whether the cache had it.
@@ -92,7 +92,7 @@ def _train(
     trainer = Trainer(
         model=model,
         args=training_arguments(settings, checkpoints, seed=seed, bf16=False, report_to="none"),
-        train_dataset=[{"input_ids": row.ids, "labels": row.ids} for row in rows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": row.ids, "labels": row.labels} for row in rows],  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, policy.pad_id),
     )
     log = fit(trainer, "pretrain", checkpoints)

@@ -55,8 +55,8 @@ class TransformersEngine:
         size = self.settings.batch_size
         for start in range(0, len(rows), size):
             batch = range(start, min(start + size, len(rows)))
-            ids, logprobs = self._decode([prompts[rows[b][1]] for b in batch], [seeds[b] for b in batch])
-            for b, row_ids, row_logprobs in zip(batch, ids, logprobs, strict=True):
+            drawn, logprobs = self._decode([prompts[rows[b][1]] for b in batch], [seeds[b] for b in batch])
+            for b, row_ids, row_logprobs in zip(batch, drawn, logprobs, strict=True):
                 request, i = rows[b]
                 text, reason, used = self._finish(prompts[i], row_ids)
                 samples.append(Sample(request.prompt, indices[b], text, reason, used, float(np.sum(row_logprobs[:used]))))

@@ -1,0 +1,5 @@
+"""`python -m irlign VERB`."""
+
+from irlign.cli import main
+
+main()

@@ -1,0 +1,141 @@
+"""`irlign VERB`: each verb is one call into the pipeline. Nothing heavy is imported before a verb runs."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from irlign.errors import IrlignError
+
+# No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Alignment of language models from demonstrations, through inverse reinforcement learning.",
+    epilog="Every key of the recipe can be given as key=value. --debug shows the traceback of an error; IRLIGN_QUIET=1 silences progress.",
+)
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML)")]
+Context = typer.Context
+
+
+def _overrides(context: Context) -> list[str]:
+    """key=value words; a bare run directory stands for output_dir."""
+    return [f"output_dir={word}" if (Path(word) / "manifest.json").is_file() else word for word in context.args]
+
+
+@app.command(context_settings=PASS_ON)
+def run(context: Context, config: Config = None) -> None:
+    """The whole chain, from demonstrations to the report; finished stages are skipped."""
+    from irlign.pipeline import run as run_chain
+
+    results = run_chain(config, _overrides(context))
+    for line in results["headline"]:
+        typer.echo(line)
+
+
+@app.command(context_settings=PASS_ON)
+def validate(context: Context, config: Config = None) -> None:
+    """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
+    from irlign.pipeline import validate as check
+
+    typer.echo(check(config, _overrides(context)))
+
+
+def _stage(name: str, text: str) -> None:
+    """One verb for one stage."""
+
+    def verb(context: Context, config: Config = None) -> None:
+        from irlign.pipeline import run_stage
+
+        run_stage(name, config, _overrides(context))
+
+    app.command(name, context_settings=PASS_ON, help=text)(verb)
+
+
+_stage("sft", "Fine-tune on the demonstrations: policies/sft.")
+_stage("sample", "Draw the pools of pi_0 and pi_SFT: pools/.")
+_stage("reward", "Learn the inverse-RL reward model: rewards/.")
+
+
+@app.command()
+def score(reward: str, file: str, output: str) -> None:
+    """Score the answers in FILE with the reward in the folder REWARD (rewards/NAME of a run); JSON Lines to OUTPUT."""
+    from irlign.pipeline import score as score_file
+
+    typer.echo(f"{output}: {score_file(reward, file, output)} rows")
+
+
+_stage("bon", "Best-of-N: score the candidates and select: best_of_n/.")
+_stage("eval", "Measure on the test prompts: evaluation/results.json.")
+_stage("report", "Write report.html.")
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices and memory, ready to paste into a bug report."""
+    from irlign.machine import environment
+
+    for key, value in environment().items():
+        typer.echo(f"{key}: {', '.join(value) or 'none' if isinstance(value, list) else value}")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of a recipe."""
+    import json
+
+    from irlign.config import recipe_schema
+    from irlign.recipe import Recipe
+
+    typer.echo(json.dumps(recipe_schema(Recipe), indent=2))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: one clear line for an error, and an exit code that says which kind."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(args=[word for word in words if word != "--debug"], prog_name="irlign")
+    except IrlignError as error:
+        _fail(error, debug, f"irlign: {error}", error.exit_code)
+    except KeyboardInterrupt as error:
+        _fail(error, debug, "irlign: interrupted; the same command goes on where it stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        line = (str(error).strip() or "no message").splitlines()[0]
+        text = f"irlign: unexpected {type(error).__name__}: {line}\n  --debug shows the traceback; `irlign env` says what to report with it"
+        _fail(error, debug, text, 70)
+
+
+def _fail(error: BaseException, debug: bool, text: str, code: int) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> Any:
+    """SIGTERM ends the process like an error does, so that the run directory says that it was interrupted."""
+    print("irlign: terminated; the same command goes on where it stopped", file=sys.stderr, flush=True)
+    raise SystemExit(128 + number)

@@ -1,0 +1,77 @@
+"""The report's figures as SVG text that follows the page's colours."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+INK = "#010203"  # replaced by the page's text colour
+COLOURS = ("#2f6fde", "#d98324", "#7a8694", "#8e5bd0", "#2a9d76")
+POINTS = 3000  # at most so many dots in a scatter
+
+
+def curve_svg(results: Mapping[str, Any]) -> str:
+    """Best-of-n against n under every reward, with the interval of the selecting one; SFT and demonstrations as lines."""
+    golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["contrast"]
+    measure = golden or results["heldout"]["rewards"]
+    curves = {contrast: measure["best_of_n"], **({k: v for k, v in golden["rewards"].items() if k != contrast} if golden else {})}
+    figure, axes = _figure()
+    for colour, (name, of) in zip(COLOURS, curves.items(), strict=False):
+        own = name == contrast
+        axes.plot(
+            n, [of[str(k)]["mean"] for k in n], color=colour, marker="o", ms=4, lw=2.2 if own else 1.2, ls="-" if own else "--", label=name
+        )
+        if own:
+            axes.fill_between(n, *(np.array([of[str(k)]["ci95"] for k in n]).T), color=colour, alpha=0.18, lw=0)
+    for key, style in (("demonstrations", ":"), ("initial", "-.")):
+        if measure[key]:
+            axes.axhline(measure[key]["mean"], color=INK, lw=1, ls=style, label=key)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [str(k) for k in n])
+    axes.minorticks_off()
+    axes.set_xlabel("n")
+    axes.set_ylabel("golden value" if golden else "trained reward")
+    return _svg(figure, axes)
+
+
+def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
+    """Reward against length in words, both minus their prompt's mean."""
+    ids = np.unique([row["prompt_id"] for row in candidates], return_inverse=True)[1]
+    words, scores = [len(row["completion"].split()) for row in candidates], [row[f"reward/{reward}"] for row in candidates]
+    x, y = (np.asarray(v, dtype=float) - (np.bincount(ids, v) / np.bincount(ids))[ids] for v in (words, scores))
+    figure, axes = _figure()
+    step = max(1, len(x) // POINTS)
+    axes.scatter(x[::step], y[::step], s=7, color=COLOURS[0], alpha=0.3, lw=0, rasterized=True)
+    axes.axhline(0, color=INK, lw=0.6)
+    axes.axvline(0, color=INK, lw=0.6)
+    axes.set_xlabel("words, minus the prompt's mean")
+    axes.set_ylabel("reward, minus the prompt's mean")
+    return _svg(figure, axes)
+
+
+def _figure() -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.5), dpi=150, layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure: Any, axes: Any) -> str:
+    import matplotlib
+
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "irlign"}), io.StringIO() as file:
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = file.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")

@@ -1,0 +1,261 @@
+"""results.json becomes one self-contained HTML page, answer first; a folder of seeds becomes one table. Reads records only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irlign.files import read_json, read_table, replacing, write_json
+from irlign.plots import curve_svg, length_svg
+from irlign.runs import RECIPE, Run
+from irlign.statistics import nested_estimate
+
+SOURCES = {"initial": "Initial policy", "sft": "SFT", "demonstrations": "Demonstration", "best_of_n": "Best-of-n"}
+
+
+def write_report(root: Path, target: Path) -> None:
+    """Render the run in `root`. Raises RunError where results are missing or damaged."""
+    run = Run.read(root)
+    results = read_json(run.path("evaluation/results.json"))
+    rows = read_table(run.path("evaluation/prompts.parquet"))
+    candidates = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "test"]
+    golden, heldout, info = results["golden"], results["heldout"], results["run"]
+    last = results["curve"]["n"][-1]
+    measure = golden or heldout["rewards"]
+    tiles = [("Initial policy", measure["initial"]), ("SFT", measure["sft"]), (f"Best-of-{last}", measure["best_of_n"][str(last)])]
+    tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
+    curves = {f"{name} (selects)" if name == info["contrast"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
+    curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['contrast']} by its own measure": measure["best_of_n"]}
+    context = {
+        "run": info,
+        "headline": results["headline"],
+        "verdict": _verdict(results, last),
+        "tiles": [{"name": name, "e": e} for name, e in tiles],
+        "measure_words": _measure_words(golden),
+        "curve": results["curve"],
+        "curves": curves,
+        "prompts": len(rows),
+        "curve_svg": _safe(curve_svg(results)),
+        "curve_caption": _curve_caption(golden, len(rows)),
+        "length_svg": _safe(length_svg(candidates, info["contrast"])),
+        "length_caption": _length_caption(heldout, candidates),
+        "tests": results["tests"],
+        "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
+        "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
+        "sources": _source_rows(heldout),
+        "checks": _checks(heldout, info),
+        "samples": _samples(rows, golden is not None),
+        "samples_words": _samples_words(golden, len(rows)),
+        "facts": _facts(run, info),
+        "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
+    }
+    _render("report.html", target, context)
+
+
+def _verdict(results: Mapping[str, Any], last: int) -> str:
+    test = next((t for t in results["tests"] if t["a"] == f"best_of_{last}" and t["b"] == "sft"), None)
+    return "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
+
+
+def _measure_words(golden: Mapping[str, Any] | None) -> str:
+    if golden:
+        return f"Judged by {golden['name']}, which no training and no selection has seen."
+    return "These are values of the trained reward itself: it was optimised by the selection, so its rise proves nothing."
+
+
+def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
+    what = "Golden value" if golden else "The trained reward"
+    return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
+
+
+def _length_caption(heldout: Mapping[str, Any], candidates: Sequence[Any]) -> str:
+    e = heldout["length_correlation"]
+    said = (
+        f"rank correlation within a prompt {e['mean']:+.2f} [{e['ci95'][0]:.2f}, {e['ci95'][1]:.2f}], {e['prompts']} prompts"
+        if e
+        else "no variation"
+    )
+    return f"Reward against length of {len(candidates):,} SFT answers, each minus its prompt's mean: {said}."
+
+
+def _source_rows(heldout: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = [
+        ("reward", {**heldout["rewards"], "best_of_n": list(heldout["rewards"]["best_of_n"].values())[-1]}, ".2f"),
+        ("share finished", heldout["finished"], ".0%"),
+        ("length in words", heldout["completion_length"], ".1f"),
+        ("repeated trigrams in an answer", heldout["repetition"], ".1%"),
+        ("distinct-2 over one answer a prompt", heldout["distinct_2"], ".2f"),
+    ]
+    return [{"name": name, "of": of, "form": form} for name, of, form in rows]
+
+
+def _checks(heldout: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
+    auc, length, controls = heldout["reward_auc"], heldout["length_auc"], heldout["reward"]["controls"]
+    found = []
+    if auc and length:
+        found.append(
+            f"On unseen prompts the reward puts an SFT answer above an initial one in {auc['mean']:.0%} of the pairs; "
+            f"length alone in {length['mean']:.0%} ({auc['prompts']} prompts)."
+        )
+    found.append(
+        f"Before matching, length alone told {controls['length_accuracy_raw']:.0%} of the training answers apart and whether they "
+        f"finished {controls['finished_accuracy_raw']:.0%}; in the pairs the reward saw, length {controls['length_accuracy']:.0%} "
+        f"and the ending {controls['ending_accuracy']:.0%}. 50% is chance."
+    )
+    if heldout["repetition_correlation"]:
+        found.append(f"The reward's rank correlation with repetition within a prompt is {heldout['repetition_correlation']['mean']:+.2f}.")
+    nll = heldout["demonstration_nll"]
+    if nll and nll["initial"] is not None:
+        found.append(f"Loss on unseen demonstrations, nats a token: initial {nll['initial']:.3f}, SFT {nll['sft']:.3f}.")
+    for name, pool in info["pools"].items():
+        found.append(
+            f"Pool {name}: {pool['samples']:,} samples of {pool['prompts']:,} prompts, {1 - pool['completions/clipped_ratio']:.0%} finished."
+        )
+    return found
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], golden: bool) -> list[dict[str, Any]]:
+    """Two prompts each from the top, the middle and the bottom of what Best-of-n gained there."""
+    scored = [(_gain(row, golden), row) for row in rows]
+    order = sorted(scored, key=lambda item: -item[0])
+    middle = len(order) // 2
+    groups = {"best": order[:2], "typical": order[middle : middle + 2], "worst": order[-2:]}
+    found, seen = [], set()
+    for kind, members in groups.items():
+        for gain, row in members:
+            if row["prompt_id"] in seen:
+                continue
+            seen.add(row["prompt_id"])
+            what = "golden value of the pick minus SFT's mean" if golden else "reward of the pick minus SFT's mean"
+            found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": _answers(row, golden)})
+    return found
+
+
+def _gain(row: Mapping[str, Any], golden: bool) -> float:
+    measure = "golden" if golden else "reward"
+    return row[f"answer_{measure}/best_of_n"] - row[f"{measure}/sft"]
+
+
+def _answers(row: Mapping[str, Any], golden: bool) -> list[dict[str, Any]]:
+    found = []
+    for source, name in SOURCES.items():
+        text = row[f"answer/{source}"]
+        if text is None:
+            continue
+        scores = f"reward {row[f'answer_reward/{source}']:.2f}" + (f", golden {row[f'answer_golden/{source}']:.2f}" if golden else "")
+        found.append({"name": name, "text": text, "scores": scores, "pick": source == "best_of_n"})
+    return found
+
+
+def _samples_words(golden: Mapping[str, Any] | None, prompts: int) -> str:
+    by = "golden value" if golden else "reward"
+    return (
+        f"Of {prompts} test prompts: the two where the pick gained most over SFT's mean by {by}, two in the middle, the two where it "
+        "gained least. Initial policy and SFT: their first sample."
+    )
+
+
+def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    counts = "; ".join(
+        f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in of.items() if isinstance(value, int))
+        for name, of in (info["files"] or {}).items()
+    )
+    versions = next(iter(run.stages.values()))["versions"] if run.stages else {}
+    peak = max((e["peak_memory_mib"] or 0 for e in run.stages.values()), default=0)
+    return [
+        ("initial policy", info["model"]),
+        ("SFT policy", info["sft_model"] or "trained in this run"),
+        ("demonstrations", info["dataset"] or f"made by the {info['world']} world"),
+        ("rows read", counts or "–"),
+        ("prompts", ", ".join(f"{split} {n}" for split, n in (info["prompts"] or {}).items())),
+        ("reward", f"{info['contrast']}, {info['loss']} loss; N = {info['num_generations']}"),
+        ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in info["seconds"].items())),
+        ("peak memory", f"{peak:,.0f} MiB"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+
+
+def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """One table over the runs in ROOT/seed-K: seeds.json and seeds.html; every seed shown. Returns what seeds.json holds."""
+    measure = "golden" if all(r["golden"] for r in results.values()) else "reward"
+    rows = {seed: read_table(root / f"seed-{seed}/evaluation/prompts.parquet") for seed in results}
+    n = next(iter(results.values()))["curve"]["n"]
+    keys = [key for key in ("initial", "sft", "demonstrations", *(f"best_of_{k}" for k in n[1:]))]
+    values = {
+        key: {seed: [row[f"{measure}/{key}"] for row in of if row[f"{measure}/{key}"] is not None] for seed, of in rows.items()}
+        for key in keys
+    }
+    keys = [key for key in keys if all(values[key].values())]
+    last = f"best_of_{n[-1]}"
+    differences = {seed: np.subtract(values[last][seed], values["sft"][seed]) for seed in results}
+    pooled = {key: nested_estimate(list(values[key].values())).to_json() for key in keys}
+    gap = nested_estimate([difference.tolist() for difference in differences.values()]).to_json()
+    table = [_seed_row(seed, r, {key: float(np.mean(values[key][seed])) for key in keys}, n[-1]) for seed, r in results.items()]
+    name = results[next(iter(results))]["golden"]["name"] if measure == "golden" else "the trained reward"
+    found = {
+        "measure": name,
+        "seeds": table,
+        "pooled": pooled,
+        f"{last} - sft": gap,
+        "headline": _seeds_headline(table, pooled, gap, n, measure),
+    }
+    write_json(root / "seeds.json", found)
+    context = {
+        "name": root.name,
+        "rows": table,
+        "columns": keys,
+        "pooled": pooled,
+        "measure": name,
+        "headline": found["headline"],
+        "verdict": "better" if gap["ci95"][0] > 0 and measure == "golden" else "worse" if gap["ci95"][1] < 0 else "",
+        "pooled_difference": f"{gap['mean']:+.3f} [{gap['ci95'][0]:.3f}, {gap['ci95'][1]:.3f}]",
+    }
+    _render("seeds.html", root / "seeds.html", context)
+    return found
+
+
+def _seed_row(seed: int, results: Mapping[str, Any], means: Mapping[str, float], last: int) -> dict[str, Any]:
+    test = next((t for t in results["tests"] if t["a"] == f"best_of_{last}" and t["b"] == "sft"), None)
+    side = "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
+    difference = f"{test['mean_difference']:+.3f} [{test['ci95'][0]:.3f}, {test['ci95'][1]:.3f}]" if test else "–"
+    return {"seed": seed, **means, "best_n": results["curve"]["best_n"], "difference": difference, "verdict": side}
+
+
+def _seeds_headline(
+    table: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any], gap: Mapping[str, Any], n: Sequence[int], measure: str
+) -> list[str]:
+    last, count = n[-1], len(table)
+    if measure != "golden":
+        return [f"{count} seeds without a golden reward: whether Best-of-{last} beats SFT is not shown."]
+    low, high = gap["ci95"]
+    words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
+    better, worse = (sum(row["verdict"] == side for row in table) for side in ("better", "worse"))
+    lines = [
+        f"Over {count} seeds, Best-of-{last} {words}: {gap['mean']:+.2f} [{low:.2f}, {high:.2f}].",
+        f"By seed: better in {better}, worse in {worse}, not shown in {count - better - worse}.",
+    ]
+    turned = [row for row in table if row["best_n"] != last]
+    if turned:
+        seen = ", ".join(f"seed {row['seed']}: n = {row['best_n']}" for row in turned)
+        lines.append(f"Best-of-{last} lies below a smaller n in {len(turned)} of {count} ({seen}): past it the reward is over-optimised.")
+    return lines
+
+
+def _render(template: str, target: Path, context: Mapping[str, Any]) -> None:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("irlign", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    html = environment.get_template(template).render(number=_number, **context)
+    with replacing(target) as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="replace")
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else f"{value:{form}}".replace("-", "−")
+
+
+def _safe(svg: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(svg)  # drawn here from numbers and fixed words only
