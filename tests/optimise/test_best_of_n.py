@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from irlign.errors import DataError
-from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_selected
+from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
 from irlign.records import Prompt, Sample
 
 ASK = Prompt.of("Say it.", "dev")
@@ -83,7 +83,7 @@ def test_selected_as_json_lines(tmp_path):
         {"prompt": "a\nb\u2028é", "completion": "\ud800 x", "reward": 0.1},
         {"prompt": [{"role": "user", "content": "é"}], "reward": -2.0},
     ]
-    write_selected(tmp_path / "best_of_n/selected.jsonl", rows)
+    write_rows(tmp_path / "best_of_n/selected.jsonl", rows)
     raw = (tmp_path / "best_of_n/selected.jsonl").read_bytes()
     assert [json.loads(line) for line in raw.decode("utf-8").rstrip("\n").split("\n")] == rows
     assert "é".encode() in raw

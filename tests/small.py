@@ -1,0 +1,20 @@
+"""The smallest recipe that goes through every stage: the dialogue world with a model of a few thousand parameters."""
+
+from pathlib import Path
+from typing import Any
+
+
+def small_recipe(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
+    """A recipe as a mapping; guards that a model this small cannot pass are off."""
+    recipe: dict[str, Any] = {
+        "world": {"corpus_lines": 200, "demonstrations": 24, "dev_prompts": 5, "test_prompts": 8},
+        "output_dir": str(output_dir),
+        "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_train_epochs": 1},
+        "sft": {"learning_rate": 1e-3, "num_train_epochs": 1},
+        "sampling": {"num_generations": 4, "train_generations": 2, "initial_generations": 2, "max_new_tokens": 24, "max_cut_share": 1.0, "part_prompts": 10},
+        "reward": {"learning_rate": 1e-3, "num_train_epochs": 1, "max_leak_accuracy": 1.0},
+        "evaluation": {"resamples": 200},
+    }
+    for key, value in changes.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and isinstance(recipe.get(key), dict) else value
+    return recipe
