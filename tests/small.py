@@ -11,7 +11,14 @@ def small_recipe(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
         "output_dir": str(output_dir),
         "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_train_epochs": 1},
         "sft": {"learning_rate": 1e-3, "num_train_epochs": 1},
-        "sampling": {"num_generations": 4, "train_generations": 2, "initial_generations": 2, "max_new_tokens": 24, "max_cut_share": 1.0, "part_prompts": 10},
+        "sampling": {
+            "num_generations": 4,
+            "train_generations": 2,
+            "initial_generations": 2,
+            "max_new_tokens": 24,
+            "max_cut_share": 1.0,
+            "part_prompts": 10,
+        },
         "reward": {"learning_rate": 1e-3, "num_train_epochs": 1, "max_leak_accuracy": 1.0},
         "evaluation": {"resamples": 200},
     }

@@ -132,13 +132,14 @@ def reward(recipe: Recipe, run: Run) -> None:
     inputs |= {"preference_dataset_name": preferences} if preferences else {}
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls
+        from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls, require_pairs
         from irlign.reward.publish import publish_classifier, publish_log_ratio
         from irlign.reward.train import train_reward
 
         match, hashes = settings.ending == "match", run.input_hashes(inputs)
         better, worse = _answers(recipe, run, "train")
         pairs, left_out = build_contrasts(better, worse, match=match)
+        require_pairs(pairs)
         dev = build_contrasts(*_answers(recipe, run, "dev"), match=match)[0]
         controls = {**leak_controls(pairs), **raw_controls(better, worse)}
         say(f"reward: {len(pairs)} pairs, left out: {', '.join(f'{n} {what}'.replace('_', ' ') for what, n in left_out.items())}")
@@ -157,7 +158,8 @@ def reward(recipe: Recipe, run: Run) -> None:
             report_to=recipe.report_to,
         )
         about = {"name": settings.contrast, "contrast": settings.contrast, "loss": settings.loss, "ending": settings.ending,
-                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, **log, "inputs": hashes}  # fmt: skip
+                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"],
+                 "training": {key: log[key] for key in ("steps", "loss", "losses")}, "inputs": hashes}  # fmt: skip
         publish_classifier(folder / "rewards" / settings.contrast, about, __version__)
         if settings.log_ratio:
             publish_log_ratio(folder / "rewards/log-ratio", hashes, chat_template=template, seed=run.seed)

@@ -59,7 +59,7 @@ def test_a_missing_folder():
     ("damage", "message"),
     [
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "no usable tokenizer"),
-        (lambda f: (f / "config.json").unlink(), "no readable model configuration"),
+        (lambda f: (f / "config.json").unlink(), "there is no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "cannot be loaded"),
     ],

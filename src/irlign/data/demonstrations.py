@@ -76,11 +76,16 @@ def load_demonstrations(name: str, settings: DataSettings, *, answers: bool = Tr
     if empty and settings.on_empty == "error":
         more = f" (and {empty - 1} more)" if empty > 1 else ""
         raise DataError(f"the answer is empty{more}", where=first_empty, do="fill it in, or use data.on_empty=drop")
-    kept = list(dict.fromkeys(found)) if distinct else found
+    kept = without_repeats(found) if distinct else found
     notes = {"rows": len(rows), "answers": dict(columns), "empty": empty, "duplicates": len(found) - len(kept)}
     if not kept:
         raise DataError("no row with an answer is left", where=name)
     return Loaded(kept, notes)
+
+
+def without_repeats(demonstrations: Iterable[Demonstration]) -> list[Demonstration]:
+    """The first of each prompt and answer, in order."""
+    return list({(d.prompt.prompt_id, d.completion): d for d in reversed(list(demonstrations))}.values())[::-1]
 
 
 def load_preferences(name: str, settings: DataSettings) -> tuple[list[Preference], dict[str, Any]]:
@@ -196,7 +201,7 @@ def _messages(value: Any, place: str) -> list[Message]:
         content = message.get("content", message.get("value"))
         if role not in ROLES or not isinstance(content, str):
             what = f"role {role!r} is none of {', '.join(ROLES)}" if role not in ROLES else "its content is no text"
-            raise DataError(what, where=f"{place}, message {number}")
+            raise DataError(what, where=f"{place}, message {number}", do='a message is {"role": ..., "content": ...}')
         found.append(Message(role=ROLES[role], content=content))
     return found
 

@@ -5,7 +5,15 @@ from typing import Any
 
 from irlign.data.chat import Format
 from irlign.data.checks import apply_overlong
-from irlign.data.demonstrations import DataSettings, check_usable, guard_overlap, in_split, load_demonstrations, split_by_prompt
+from irlign.data.demonstrations import (
+    DataSettings,
+    check_usable,
+    guard_overlap,
+    in_split,
+    load_demonstrations,
+    split_by_prompt,
+    without_repeats,
+)
 from irlign.errors import DataError
 from irlign.records import Demonstration
 
@@ -46,9 +54,8 @@ def load_splits(
         notes[eval_dataset]["test_prompts"] = len(chosen)
     if prompt_dataset:
         known = {d.prompt.prompt_id for split in ("train", "dev") for d in splits[split]}
-        extra = list(
-            dict.fromkeys(replace(d, completion="") for d in read(prompt_dataset, answers=False) if d.prompt.prompt_id not in known)
-        )
+        unknown = [d for d in read(prompt_dataset, answers=False) if d.prompt.prompt_id not in known]
+        extra = without_repeats(replace(d, completion="") for d in unknown)
         if not extra:
             raise DataError("every prompt stands in the demonstrations already", where=prompt_dataset, do="leave prompt_dataset_name out")
         splits["train"] += extra

@@ -125,6 +125,8 @@ def _must_exist(path: str) -> None:
     looks_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).exists()
     if looks_local and not Path(path).is_dir():
         raise ModelError("no such model folder", where=path, do="give the folder that holds config.json, or a Hub id")
+    if Path(path).is_dir() and not any(Path(path, name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ModelError("there is no config.json in this folder, so it holds no model", where=path, do="give a checkpoint's folder")
 
 
 def _install_peft(error: BaseException) -> str | None:

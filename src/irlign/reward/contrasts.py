@@ -60,7 +60,7 @@ def answers_of(
 def build_contrasts(better: Sequence[Answer], worse: Sequence[Answer], *, match: bool = True) -> tuple[list[Contrast], dict[str, int]]:
     """Pairs (better, worse) of one prompt each. Within a prompt both sides are sorted by length and paired in order, the
     shorter side repeated; with `match` the pair then gets one length. Beside them, what was left out: prompts with answers
-    on one side only, pairs with an empty answer, pairs of equal answers. Raises DataError when there is no pair.
+    on one side only, pairs with an empty answer, pairs of equal answers.
     """
     one_sided = {p.prompt_id for p, _, _ in better} ^ {p.prompt_id for p, _, _ in worse}
     pairs = _pair(*([(p, ended(text, finished)) for p, text, finished in side] for side in (better, worse)))
@@ -68,12 +68,6 @@ def build_contrasts(better: Sequence[Answer], worse: Sequence[Answer], *, match:
         pairs = [_matched(pair) for pair in pairs]
     full = [pair for pair in pairs if pair.better.strip() and pair.worse.strip()]
     different = [pair for pair in full if pair.better != pair.worse]
-    if not different:
-        raise DataError(
-            "no prompt has two different, non-empty answers to contrast",
-            where="reward",
-            do="check that both pools hold samples of the train prompts (sampling.train_generations)",
-        )
     left_out = {"one_sided_prompts": len(one_sided), "empty_pairs": len(pairs) - len(full), "equal_pairs": len(full) - len(different)}
     return different, left_out
 
@@ -123,6 +117,16 @@ def raw_controls(better: Sequence[Answer], worse: Sequence[Answer]) -> dict[str,
         "finished_accuracy_raw": threshold_accuracy([done for _, _, done in better], [done for _, _, done in worse]),
         "length_accuracy_raw": threshold_accuracy([len(text) for _, text, _ in better], [len(text) for _, text, _ in worse]),
     }
+
+
+def require_pairs(pairs: Sequence[Contrast]) -> None:
+    """Raises DataError where there is nothing to learn from."""
+    if not pairs:
+        raise DataError(
+            "no prompt has two different, non-empty answers to contrast",
+            where="reward",
+            do="check that both pools hold samples of the train prompts (sampling.train_generations)",
+        )
 
 
 def guard_leak(controls: dict[str, Any], limit: float, pairs: int) -> None:

@@ -1,0 +1,227 @@
+"""The command line: every bad input gets one clear error, an exit code, and no traceback; nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from small import small_recipe
+from tiny import make_tiny_policy, make_tiny_tokenizer
+
+from irlign.cli import main
+
+
+def _run(capsys, *words):
+    """Exit code, standard output and standard error of one command."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return exit_.value.code or 0, out, err
+
+
+def _lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+WORDS = ("the cat sat.", "a dog ran.", "the bird sang.", "red cat ran home.", "blue dog sat on the mat.", "a bird ran now.")
+GOOD = [
+    {"prompt": f"the {a} {b}", "completion": f" {c}"}
+    for a, b, c in zip(("cat", "dog", "bird") * 4, ("red", "blue") * 6, WORDS * 2, strict=True)
+]
+GOOD = list({row["prompt"]: row for row in GOOD}.values())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_policy(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(tmp_path, model):
+    """A recipe file over the tiny model and a good file, guards off."""
+    values = small_recipe(tmp_path / "out", model_name_or_path=str(model), dataset_name=str(_lines(tmp_path / "good.jsonl", GOOD)))
+    del values["world"], values["pretrain"]
+    values["sampling"]["max_new_tokens"] = 8
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
+    code, out, err = _run(capsys, "run", "--config", recipe)
+    assert (code, err) == (0, "") and "no golden reward" in out and (tmp_path / "out/report.html").is_file()
+    assert "<script" not in (tmp_path / "out/report.html").read_text()
+
+
+BAD_FILES = {
+    "a malformed line": ([*GOOD[:2], '{"prompt": "x", '], "bad.jsonl:3: is not JSON"),
+    "a missing column": ([*GOOD[:2], {"prompt": "the cat"}], "bad.jsonl:3: has no answer"),
+    "no known column": ([{"question": "a", "reply": "b"}], "bad.jsonl:1: has no column 'prompt' (it has question, reply)"),
+    "an empty completion": ([*GOOD[:2], {"prompt": "the cat", "completion": "  "}], "bad.jsonl:3: the answer is empty"),
+    "no row": ([], "bad.jsonl: holds no rows"),
+    "one prompt only": ([{"prompt": "the cat", "completion": f" {w}"} for w in WORDS], "bad.jsonl: holds one prompt only"),
+    "identical demonstrations": ([{**row, "completion": " same."} for row in GOOD], "bad.jsonl: all demonstrations are identical"),
+    "a number as the answer": ([{"prompt": "the cat", "completion": 3}], "bad.jsonl:1, completion: is a int"),
+    "a wrong role": ([{"messages": [{"role": "robot", "content": "x"}]}], "bad.jsonl:1, messages, message 1: role 'robot'"),
+    "a row too long": ([*GOOD, {"prompt": "cat " * 80, "completion": " ran."}], "a row is too long"),
+    "conversations for a model without a template": (
+        [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in GOOD],
+        "this model has no chat template",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(capsys, recipe, tmp_path, case):
+    rows, message = BAD_FILES[case]
+    bad = _lines(tmp_path / "bad.jsonl", rows)
+    for verb in ("validate", "run"):
+        code, out, err = _run(capsys, verb, "--config", recipe, f"dataset_name={bad}")
+        assert code == 1 and message in err and "Traceback" not in err + out, err
+        assert err.startswith("irlign: ") and ("\n  " in err or case == "no row"), err
+
+
+BAD_KEYS = {
+    "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
+    "a wrong type": (["seed=many"], "seed: expected"),
+    "no override": (["fast"], "'fast' is no override"),
+    "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 3 sections"),
+    "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
+    "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
+    "n over the pool": (["best_of_n.n=99"], "best_of_n.n=99 is more than sampling.num_generations=4"),
+    "seeds that are none": (["seeds=4..1"], "names no seed"),
+    "an unknown world": (["model_name_or_path=null", "dataset_name=null", "world=chess"], "no world 'chess'"),
+    "nothing to run": (["model_name_or_path=null"], "model_name_or_path is missing"),
+    "an unknown trainer field": (["sft.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
+    "an unknown tracker": (["report_to=nobody"], "no such tracker"),
+    "an unknown chat template": (["data.chat_template=mine"], "no chat template 'mine'"),
+    "an unknown engine": (["sampling.engine=warp"], "no engine 'warp'"),
+    "a golden reward that is not there": (["evaluation.golden_reward=nothing:here"], "cannot be imported"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_bad_keys(capsys, recipe, case):
+    words, message = BAD_KEYS[case]
+    code, out, err = _run(capsys, "run", "--config", recipe, *words)
+    assert code == 2 and message in err and "Traceback" not in err + out, err
+
+
+def test_bad_paths(capsys, recipe, tmp_path):
+    for words, message in (
+        (["--config", tmp_path / "recipe.yml"], "no such recipe\n  did you mean"),
+        (["--config", recipe, "dataset_name=./nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--config", recipe, f"dataset_name={tmp_path}"], "is a folder, not a file"),
+        (["--config", recipe, "model_name_or_path=./nowhere"], "no such model folder"),
+        (["--config", recipe, f"model_name_or_path={tmp_path}"], "there is no config.json"),
+        (["--config", recipe, "sft_model_name_or_path=./nowhere"], "no such model folder"),
+        (["--config", recipe, "preference_dataset_name=./nowhere.jsonl", "reward.contrast=preference"], "no such file"),
+    ):
+        code, out, err = _run(capsys, "run", *words)
+        assert code in (1, 2) and message in err and "Traceback" not in err + out, err
+
+
+def test_models_that_cannot_serve(capsys, recipe, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    without = make_tiny_policy(tmp_path / "no-eos", tokenizer=make_tiny_tokenizer(special=False))
+    code, _, err = _run(capsys, "run", "--config", recipe, f"model_name_or_path={without}")
+    assert code == 1 and "the tokenizer has no EOS token" in err
+    classifier = tmp_path / "classifier"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=50, pad_token_id=3, **shape)).save_pretrained(classifier)
+    make_tiny_tokenizer().save_pretrained(classifier)
+    code, _, err = _run(capsys, "run", "--config", recipe, f"model_name_or_path={classifier}")
+    assert code == 1 and "no causal language model" in err
+
+
+def test_a_model_that_never_ends(capsys, recipe, tmp_path):
+    code, _, err = _run(capsys, "run", "--config", recipe, "sampling.max_cut_share=0.01", "sft.learning_rate=1e-9", "max_new_tokens=2")
+    assert code == 1 and "sampling.max_cut_share=1 goes on" in err
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["stages"]["sft"]["status"] == "complete"
+
+
+def test_training_that_diverges(capsys, recipe, tmp_path):
+    code, _, err = _run(capsys, "run", "--config", recipe, "sft.learning_rate=1e30", "sft.num_train_epochs=5")
+    assert code == 1 and "training has diverged" in err and "lower sft.learning_rate" in err
+
+
+def test_an_output_folder_that_cannot_be_used(capsys, recipe, tmp_path):
+    (tmp_path / "file").write_text("x")
+    code, _, err = _run(capsys, "run", "--config", recipe, f"output_dir={tmp_path}/file/run")
+    assert code == 1 and "output_dir that you can write to" in err
+    (tmp_path / "mine/data").mkdir(parents=True)
+    code, _, err = _run(capsys, "run", "--config", recipe, f"output_dir={tmp_path}/mine")
+    assert code == 1 and "no manifest.json says that a run made it" in err
+
+
+def test_a_full_disk(capsys, recipe, tmp_path, monkeypatch):
+    import errno
+
+    from irlign import files
+
+    whole = files.os.replace
+
+    def full(source, target):
+        if str(target).endswith("candidates.parquet"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full)
+    code, _, err = _run(capsys, "run", "--config", recipe)
+    assert code == 1 and "no space left on the disk" in err and "stage bon" in err
+    monkeypatch.undo()
+    assert _run(capsys, "run", "--config", recipe)[0] == 0
+
+
+def test_debug_shows_the_traceback(capsys, recipe):
+    code, _, err = _run(capsys, "run", "--config", recipe, "dataset_name=./nowhere.jsonl", "--debug")
+    assert code == 1 and "Traceback" in err and err.rstrip().splitlines()[-2].startswith("irlign: nowhere.jsonl")
+
+
+def test_the_unexpected_is_one_line_too(capsys, recipe, monkeypatch):
+    from irlign import pipeline
+
+    monkeypatch.setattr(pipeline, "validate", lambda *_: 1 / 0)
+    code, _, err = _run(capsys, "validate", "--config", recipe)
+    assert code == 70 and err.startswith("irlign: unexpected ZeroDivisionError: division by zero\n") and "Traceback" not in err
+
+
+def test_rewards_that_are_none(capsys, tmp_path):
+    code, _, err = _run(capsys, "score", tmp_path, _lines(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl")
+    assert code == 1 and "no reward.json here" in err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_env_schema_and_help(capsys):
+    assert "torch: 2" in _run(capsys, "env")[1]
+    schema = json.loads(_run(capsys, "schema")[1])
+    assert {"model_name_or_path", "world", "sft", "reward"} <= set(schema["properties"])
+    text = _run(capsys, "--help")[1]
+    assert all(verb in text for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "eval", "report", "env", "schema"))
+
+
+def test_model_output_is_escaped(capsys, recipe, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["completion"] + " <script>alert(1)</script>"} for row in GOOD]
+    assert _run(capsys, "run", "--config", recipe, f"dataset_name={_lines(tmp_path / 'script.jsonl', rows)}")[0] == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_sigterm_says_that_the_run_can_go_on(recipe, tmp_path):
+    command = [sys.executable, "-m", "irlign", "run", "--config", str(recipe), "sft.num_train_epochs=5000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    manifest = Path(tmp_path / "out/manifest.json")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (manifest.exists() and '"sft"' in manifest.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert "goes on where it stopped" in process.stderr.read()
+    assert json.loads(manifest.read_text())["stages"]["sft"]["status"] == "interrupted"
+    shutil.rmtree(tmp_path / "out")

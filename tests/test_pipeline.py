@@ -1,0 +1,265 @@
+"""The chain on a small world, stage by stage: what it publishes, what it skips, what it runs again and why."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small import small_recipe
+
+import irlign
+from irlign.errors import ConfigError, GuardError, ModelError
+from irlign.files import hash_path, read_table
+from irlign.pipeline import run, run_stage, score, validate
+
+PUBLISHED = (
+    "recipe.yaml",
+    "manifest.json",
+    "data/train.parquet",
+    "data/dev.parquet",
+    "data/test.parquet",
+    "policies/init/model.safetensors",
+    "policies/sft/model.safetensors",
+    "pools/init.parquet/part-00000.parquet",
+    "pools/sft.parquet/part-00000.parquet",
+    "rewards/init-sft/model.safetensors",
+    "rewards/init-sft/reward.json",
+    "rewards/init-sft/README.md",
+    "rewards/log-ratio/reward.json",
+    "best_of_n/candidates.parquet",
+    "best_of_n/selected.jsonl",
+    "evaluation/results.json",
+    "evaluation/prompts.parquet",
+    "report.html",
+)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A finished run; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    run(small_recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def _manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())["stages"]
+
+
+def test_everything_the_contract_names_is_there(finished):
+    assert [name for name in PUBLISHED if not (finished / name).is_file()] == []
+    stages = _manifest(finished)
+    assert list(stages) == ["pretrain", "data", "sft", "sample", "reward", "bon", "eval", "report"]
+    keys = {
+        "status",
+        "seconds",
+        "inputs",
+        "settings",
+        "settings_sha256",
+        "outputs",
+        "peak_memory_mib",
+        "versions",
+        "seed",
+        "notes",
+        "started",
+    }
+    assert all(keys <= set(entry) and entry["status"] == "complete" for entry in stages.values())
+
+
+def test_results_keep_their_promises(finished):
+    results = json.loads((finished / "evaluation/results.json").read_text())
+    assert set(results) == {"headline", "golden", "heldout", "tests", "curve", "run"}
+    golden = results["golden"]
+    assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}
+    assert golden["best_of_n"]["1"]["mean"] == pytest.approx(golden["sft"]["mean"])
+    assert all(golden[source]["prompts"] == 8 for source in ("initial", "sft", "demonstrations"))
+    assert all(golden["oracle"][n]["mean"] >= curve[n]["mean"] for curve in golden["rewards"].values() for n in curve)
+    assert {"a", "b", "mean_difference", "ci95", "p", "prompts"} <= set(results["tests"][0])
+
+
+def test_pools_hold_what_was_asked_for(finished):
+    rows = read_table(finished / "pools/sft.parquet")
+    assert {(r["split"], r["index"]) for r in rows} == {("train", 0), ("train", 1)} | {(s, i) for s in ("dev", "test") for i in range(4)}
+    assert {"prompt", "completion", "finish_reason", "tokens", "logprob", "temperature", "top_p", "top_k", "seed", "engine"} <= set(rows[0])
+
+
+def test_the_demonstration_is_never_a_candidate(finished):
+    candidates = read_table(finished / "best_of_n/candidates.parquet")
+    pool = {(r["prompt_id"], r["index"]): r["completion"] for r in read_table(finished / "pools/sft.parquet") if r["split"] != "train"}
+    assert {(r["prompt_id"], r["index"]): r["completion"] for r in candidates} == pool
+    selected = [json.loads(line) for line in (finished / "best_of_n/selected.jsonl").read_text().splitlines()]
+    for row in selected:
+        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"]]
+        best = max(own, key=lambda c: (c["finish_reason"] != "length", c["reward/init-sft"]))
+        assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft"])
+
+
+def test_the_second_run_does_nothing(copied):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file() and path.name not in ("recipe.yaml", ".lock")}
+    stages = _manifest(copied)
+    run(small_recipe(copied))
+    assert _manifest(copied) == stages
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"evaluation": {"resamples": 300}}, {"eval", "report"}),
+        ({"best_of_n": {"n": 2}}, {"bon", "eval", "report"}),
+        ({"reward": {"loss": "bradley-terry"}}, {"reward", "bon", "eval", "report"}),
+        ({"sft": {"learning_rate": 2e-3}}, {"sft", "sample", "reward", "bon", "eval", "report"}),
+    ],
+)
+def test_a_change_runs_again_what_follows_from_it(copied, changes, again):
+    before = _manifest(copied)
+    run(small_recipe(copied, **changes))
+    after = _manifest(copied)
+    assert {name for name in after if after[name]["started"] != before[name]["started"] or after[name] != before[name]} == again
+
+
+def test_a_removed_output_comes_back_the_same(copied):
+    wanted = hash_path(copied / "pools/init.parquet")
+    shutil.rmtree(copied / "pools/init.parquet")
+    run(small_recipe(copied))
+    assert hash_path(copied / "pools/init.parquet") == wanted
+
+
+@pytest.mark.parametrize("contrast", ["init-demo", "sft-demo"])
+@pytest.mark.parametrize("loss", ["logistic", "bradley-terry"])
+def test_every_contrast_and_loss(copied, contrast, loss):
+    results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
+    assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
+    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "length"}
+    assert not (copied / "rewards/init-sft").exists()
+
+
+def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
+    prompts = [row["prompt"] for row in read_table(copied / "data/train.parquet")]
+    pairs = [{"prompt": p, "chosen": f" Sure, happy to help. {i}", "rejected": " Go away."} for i, p in enumerate([*prompts, "Another?"])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    results = run(small_recipe(copied, reward={"contrast": "preference"}, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
+    assert results["heldout"]["reward"]["pairs"]["train"] + results["heldout"]["reward"]["pairs"]["dev"] == len(pairs)
+
+
+def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
+    run_stage("reward", None, [f"output_dir={copied}", "reward.loss=bradley-terry"])
+    stages = _manifest(copied)
+    assert stages["reward"]["settings"]["reward"]["loss"] == "bradley-terry" and stages["bon"]["settings"]["n"] == 4
+    assert json.loads((copied / "rewards/init-sft/reward.json").read_text())["loss"] == "bradley-terry"
+
+
+def test_a_run_can_be_moved(finished, tmp_path):
+    moved = Path(shutil.copytree(finished, tmp_path / "elsewhere"))
+    for name in ("init-sft", "log-ratio"):
+        here, there = (
+            irlign.load_reward(folder / "rewards" / name).score(["How do I fix my bike?"], [" Go away."]) for folder in (finished, moved)
+        )
+        assert here == pytest.approx(there)
+
+
+def test_the_reward_loads_with_plain_transformers_and_scores_the_same(finished):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = finished / "rewards/init-sft"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    rows = read_table(finished / "best_of_n/candidates.parquet")[:6]
+    texts = [r["prompt"] + r["completion"].rstrip() + tokenizer.eos_token for r in rows if r["finish_reason"] == "eos"]
+    stored = [r["reward/init-sft"] for r in rows if r["finish_reason"] == "eos"]
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
+    assert alone == pytest.approx(stored, abs=1e-4)
+    scored = irlign.load_reward(folder).score([r["prompt"] for r in rows], [r["completion"] for r in rows])
+    again = irlign.load_reward(folder).score([r["prompt"] for r in rows[:1]], [r["completion"] for r in rows[:1]])
+    assert again[0] == pytest.approx(scored[0], abs=1e-4)
+
+
+def test_scoring_a_file(finished, tmp_path):
+    (tmp_path / "in.jsonl").write_text(
+        '{"prompt": "How do I fix my bike?", "completion": " Go away."}\n{"prompt": "And?", "completion": ""}\n'
+    )
+    assert score(finished / "rewards/init-sft", tmp_path / "in.jsonl", tmp_path / "out/scored.jsonl") == 2
+    rows = [json.loads(line) for line in (tmp_path / "out/scored.jsonl").read_text().splitlines()]
+    wanted = irlign.load_reward(finished / "rewards/init-sft").score([r["prompt"] for r in rows], [r["completion"] for r in rows])
+    assert [r["reward"] for r in rows] == pytest.approx(list(wanted))
+
+
+def test_several_seeds_make_one_table(tmp_path):
+    table = run(small_recipe(tmp_path / "seeds", seeds="0..1"))
+    assert [row["seed"] for row in table["seeds"]] == [0, 1]
+    assert {"initial", "sft", "demonstrations", "best_of_2", "best_of_4"} == set(table["pooled"])
+    means = [json.loads((tmp_path / f"seeds/seed-{s}/evaluation/results.json").read_text())["golden"]["sft"]["mean"] for s in (0, 1)]
+    assert [row["sft"] for row in table["seeds"]] == pytest.approx(means)
+    assert table["pooled"]["sft"]["mean"] == pytest.approx(sum(means) / 2)
+    assert (tmp_path / "seeds/seeds.html").is_file() and json.loads((tmp_path / "seeds/seeds.json").read_text()) == table
+    with pytest.raises(ConfigError, match="one run directory"):
+        run_stage("sft", small_recipe(tmp_path / "seeds", seeds="0..1"))
+
+
+def test_validate_computes_nothing(tmp_path):
+    text = validate(small_recipe(tmp_path / "none"))
+    assert "24 rows" in text and "[[" in text and "<eos>]]" in text and "prompts in two splits: none" in text
+    assert not (tmp_path / "none").exists()
+
+
+def _file(finished, tmp_path, name="own.jsonl", split="train"):
+    rows = [{"prompt": r["prompt"], "completion": r["completion"]} for r in read_table(finished / f"data/{split}.parquet")]
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / name)
+
+
+def test_your_own_model_and_file_switch_the_world_off(finished, tmp_path):
+    own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
+    results = run(small_recipe(tmp_path / "own", **own))
+    assert results["golden"] is None and results["run"]["world"] is None
+    assert "no golden reward" in results["headline"][0] and [t["measure"] for t in results["tests"]] == ["init-sft"]
+    assert next(iter(_manifest(tmp_path / "own"))) == "init"
+    assert "is not shown" in (tmp_path / "own/report.html").read_text()
+
+
+def test_an_sft_model_prompts_and_an_evaluation_file_of_your_own(finished, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"How do I fix my {w} bike?"}) + "\n" for w in ("odd", "fine")))
+    own = {
+        "model_name_or_path": str(finished / "policies/init"),
+        "sft_model_name_or_path": str(finished / "policies/sft"),
+        "dataset_name": _file(finished, tmp_path),
+        "eval_dataset_name": _file(finished, tmp_path, "eval.jsonl", "test"),
+        "prompt_dataset_name": str(tmp_path / "prompts.jsonl"),
+    }
+    results = run(small_recipe(tmp_path / "own", **own))
+    assert results["run"]["prompts"]["test"] == 8 and results["run"]["sft_model"] == own["sft_model_name_or_path"]
+    drawn = {r["prompt"] for r in read_table(tmp_path / "own/pools/init.parquet")}
+    assert {"How do I fix my odd bike?", "How do I fix my fine bike?"} <= drawn
+    assert _manifest(tmp_path / "own")["sft"]["settings"] == {"chat_template": "auto"}
+
+
+def test_a_golden_reward_of_your_own(finished, tmp_path, monkeypatch):
+    (tmp_path / "mine_for_test.py").write_text(
+        "def polite(prompts, completions):\n    return [float('Please' in c) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
+    results = run(small_recipe(tmp_path / "own", **own, evaluation={"golden_reward": "mine_for_test:polite"}))
+    assert results["golden"]["name"] == "mine_for_test:polite" and 0 <= results["golden"]["sft"]["mean"] <= 1
+
+
+def test_the_golden_reward_may_not_be_the_trained_one(copied):
+    with pytest.raises(GuardError, match="this very run"):
+        run(small_recipe(copied, evaluation={"golden_reward": str(copied / "rewards/init-sft")}))
+
+
+def test_an_error_leaves_what_was_published(copied):
+    wanted = hash_path(copied / "policies/sft")
+    with pytest.raises(ModelError, match="diverged"):
+        run(small_recipe(copied, sft={"learning_rate": 1e30, "num_train_epochs": 3}))
+    assert hash_path(copied / "policies/sft") == wanted and _manifest(copied)["sft"]["status"] == "failed"
+    run(small_recipe(copied))
+    assert all(entry["status"] == "complete" for entry in _manifest(copied).values())
