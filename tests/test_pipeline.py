@@ -205,7 +205,8 @@ def test_several_seeds_make_one_table(tmp_path):
 
 
 def test_validate_computes_nothing(tmp_path):
-    text = validate(small_recipe(tmp_path / "none"))
+    text, problem = validate(small_recipe(tmp_path / "none"))
+    assert problem is None
     assert "24 rows" in text and "[[" in text and "<eos>]]" in text and "prompts in two splits: none" in text
     assert not (tmp_path / "none").exists()
 

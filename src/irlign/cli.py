@@ -52,7 +52,10 @@ def validate(context: Context, config: Config = None) -> None:
     """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
     from irlign.pipeline import validate as check
 
-    typer.echo(check(config, _overrides(context)))
+    text, problem = check(config, _overrides(context))
+    typer.echo(text)
+    if problem is not None:
+        raise problem
 
 
 def _stage(name: str, text: str) -> None:

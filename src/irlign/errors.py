@@ -29,6 +29,10 @@ class DataError(IrlignError):
     """A file of demonstrations, prompts, preferences or samples is wrong."""
 
 
+class OverlongError(DataError):
+    """A row does not fit, and `data.on_overlong` says that this is an error."""
+
+
 class ModelError(IrlignError):
     """A checkpoint or tokenizer cannot serve, or training diverged."""
 

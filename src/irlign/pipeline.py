@@ -12,7 +12,7 @@ from typing import Any
 
 from irlign import __version__
 from irlign.data.checks import read_notes
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, DataError, OverlongError
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -285,16 +285,25 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
         return here.root
 
 
-def validate(config: Config = None, overrides: Sequence[str] = ()) -> str:
-    """What the data is, before any compute: rows, lengths, cuts, EOS, unknown tokens, overlap, a decoded row. Writes nothing."""
+def validate(config: Config = None, overrides: Sequence[str] = ()) -> tuple[str, DataError | None]:
+    """What the data is, before any compute: rows, lengths, cuts, EOS, unknown tokens, overlap, a decoded row. Writes nothing.
+
+    Returns the text, and the error that `data.on_overlong=error` would stop a run with: the text then shows the rest.
+    """
     from irlign.data.checks import describe, masked_example, render
 
     recipe = as_recipe(config, overrides)
     form, context = _format(recipe, str(recipe.model_name_or_path) if recipe.world is None else None)
-    splits, notes = read_splits(recipe, str(recipe.model_name_or_path))
+    problem = None
+    try:
+        splits, notes = read_splits(recipe, str(recipe.model_name_or_path))
+    except OverlongError as error:
+        problem = error
+        dropping = recipe.data.model_copy(update={"on_overlong": "drop"})
+        splits, notes = read_splits(recipe.model_copy(update={"data": dropping}), str(recipe.model_name_or_path))
     found = describe(splits, form, max_length=min(recipe.data.max_length or context, context))
     example = next(d for d in splits["train"] if d.completion)
-    return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))])
+    return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))]), problem
 
 
 def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from irlign.data.chat import IGNORED, Encoded, Format
 from irlign.data.demonstrations import DataSettings
 from irlign.data.sentences import last_whole_sentence
-from irlign.errors import DataError
+from irlign.errors import DataError, OverlongError
 from irlign.records import SPLITS, Demonstration
 
 
@@ -60,7 +60,7 @@ def apply_overlong(
                 if crowded
                 else f"{total} tokens, and {limit} fit"
             )
-            raise DataError(
+            raise OverlongError(
                 f"a row is too long: {what} ({over} of {len(rows)} rows are)",
                 where=f"{name}, prompt {str(row.prompt.content)[:60]!r}",
                 do="use data.on_overlong=drop or truncate" + (", or lower sampling.max_new_tokens" if crowded else ""),
