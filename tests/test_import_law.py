@@ -1,0 +1,119 @@
+"""The import law: reading order is import order. What may import what, and where the heavy libraries may stand."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src/irlign"
+BASE = {"records", "errors", "statistics"}
+SPINE = BASE | {"config", "files", "machine", "runs", "progress"}
+MAY = {  # part of the package -> parts it may import, besides its own files
+    "records": set(),
+    "errors": set(),
+    "statistics": {"records"},
+    "config": BASE,
+    "files": BASE,
+    "machine": set(),
+    "progress": set(),
+    "runs": SPINE,
+    "data": SPINE,
+    "training": SPINE,
+    "worlds": BASE,
+    "policy": SPINE | {"data", "training"},
+    "sampling": SPINE | {"data", "policy"},
+    "reward": SPINE | {"data", "training"},
+    "optimise": SPINE | {"data", "policy", "sampling", "reward"},
+    "evaluate": SPINE | {"data", "worlds", "reward"},
+    "plots": BASE,
+    "report": SPINE | {"plots"},
+    "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
+    "pipeline": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
+    "cli": SPINE | {"recipe", "pipeline"},
+    "__init__": {"pipeline", "reward"},
+    "__main__": {"cli"},
+}
+ALSO = {"reward/log_ratio": {"policy"}}  # log pi_SFT - log pi_0 needs policies
+NO_TORCH = {
+    *("records", "errors", "statistics", "config", "files", "runs", "progress", "recipe", "report", "plots", "cli"),
+    *(
+        "reward/contrasts",
+        "reward/publish",
+        "optimise/best_of_n",
+        "evaluate/metrics",
+        "evaluate/results",
+        "data/readers",
+        "data/demonstrations",
+    ),
+}
+ALONE = {
+    "trl": {"optimise/preference", "optimise/rloo"},
+    "vllm": {"sampling/vllm_engine"},
+    "ray": {"sampling/cluster"},
+    "fastapi": {"serve"},
+}
+FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def _imports(path: Path) -> set[str]:
+    """Every imported module, those inside functions too; `from irlign.x import y` as irlign.x (irlign.y for `from irlign import y`)."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            named = {f"irlign.{a.name}" if (SOURCE / f"{a.name}.py").exists() else "irlign.__init__" for a in node.names}
+            found |= named if node.module == "irlign" else {node.module or ""}
+    return found
+
+
+def _runtime(path: Path) -> set[str]:
+    """The same without what stands under TYPE_CHECKING."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING")]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_backwards(name):
+    part = name.split("/")[0]
+    own = {module.split(".")[1] for module in _imports(FILES[name]) if module.startswith("irlign.")}
+    assert own - {part} <= MAY[part] | ALSO.get(name, set())
+
+
+def test_files_of_a_part_make_no_cycle():
+    edges = {
+        name: {module.removeprefix("irlign.").replace(".", "/") for module in _imports(path) if module.startswith("irlign.")} & set(FILES)
+        for name, path in FILES.items()
+        if not name.endswith("__init__")
+    }
+    edges["sampling/engine"] -= {"sampling/transformers_engine"}  # the choice by name, made inside a function
+    done: set[str] = set()
+    while ready := {name for name in edges if name not in done and edges[name] <= done | {"__init__"}}:
+        done |= ready
+    assert set(edges) - done == set()
+
+
+@pytest.mark.parametrize("name", sorted(NO_TORCH))
+def test_plain_files_load_no_torch(name):
+    assert not {module.split(".")[0] for module in _runtime(FILES[name])} & {"torch", "transformers", "peft", "accelerate"}
+
+
+def test_each_engine_stands_in_its_own_file():
+    for library, places in {**ALONE, "openai": {"sampling/openai_engine", "evaluate/judge"}}.items():
+        assert {name for name, path in FILES.items() if library in {m.split(".")[0] for m in _imports(path)}} <= places
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from irlign.cli import main; main()\nfinally:\n    print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "validate" in out and not any(f"'{library}'" in out for library in ("torch", "transformers", "numpy", "pydantic", "scipy"))
