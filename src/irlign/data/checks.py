@@ -85,7 +85,10 @@ def _shortened(form: Format, row: Demonstration, limit: int) -> str:
     """The answer up to the last whole sentence that fits into `limit` tokens with its EOS; empty where none does."""
     encoded = form.encode([row.prompt.content], [row.completion])[0]
     room = limit - len(encoded.prompt_ids) - 1
-    return last_whole_sentence(form.decode_completion(encoded.prompt_ids, encoded.completion_ids[: max(0, room)]))
+    ids = encoded.completion_ids
+    whole, fits = form.decode_completions([encoded.prompt_ids] * 2, [ids, ids[: max(0, room)]])
+    shared = next((i for i, (a, b) in enumerate(zip(whole, fits, strict=False)) if a != b), min(len(whole), len(fits)))
+    return last_whole_sentence(whole, within=shared)
 
 
 def describe(splits: Mapping[str, Sequence[Demonstration]], form: Format, *, max_length: int) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _whole(value: Any, place: str) -> tuple[PromptContent, str]:
 def _examples(row: Mapping[str, Any], settings: DataSettings, place: str, answers: bool) -> Iterable[tuple[PromptContent, str, str]]:
     """(prompt, answer, column of the answer) of one row; several with loss_on=all."""
     prompt_column = settings.prompt_column or "prompt"
-    if "messages" in row or "conversations" in row:
+    if settings.prompt_column is None and ("messages" in row or "conversations" in row):
         column = "messages" if "messages" in row else "conversations"
         conversation = _messages(row[column], f"{place}, {column}")
         if not answers and conversation[-1]["role"] == "user":
@@ -164,12 +164,11 @@ def _examples(row: Mapping[str, Any], settings: DataSettings, place: str, answer
 
 
 def _prompt(value: Any, place: str) -> PromptContent:
-    if isinstance(value, str) and is_transcript(value):
-        conversation = turns(value)
-        return tuple(conversation[:-1] if conversation[-1]["role"] == "assistant" and not conversation[-1]["content"] else conversation)
-    if isinstance(value, str):
+    if isinstance(value, str) and not is_transcript(value):
         return value
-    conversation = _messages(value, place)
+    conversation = turns(value) if isinstance(value, str) else _messages(value, place)
+    if isinstance(value, str) and conversation[-1]["role"] == "assistant" and not conversation[-1]["content"]:
+        conversation = conversation[:-1]  # the open "Assistant:" that the answer follows
     if conversation[-1]["role"] == "assistant":
         raise DataError("the prompt ends with an assistant turn", where=place, do="put the answer in the completion")
     return tuple(conversation)
@@ -199,8 +198,9 @@ def _messages(value: Any, place: str) -> list[Message]:
     for number, message in enumerate(value, 1):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if role not in ROLES or not isinstance(content, str):
-            what = f"role {role!r} is none of {', '.join(ROLES)}" if role not in ROLES else "its content is no text"
+        known = isinstance(role, str) and role in ROLES
+        if not known or not isinstance(content, str):
+            what = f"role {role!r} is none of {', '.join(ROLES)}" if not known else "its content is no text"
             raise DataError(what, where=f"{place}, message {number}", do='a message is {"role": ..., "content": ...}')
         found.append(Message(role=ROLES[role], content=content))
     return found

@@ -1,6 +1,7 @@
 """Files and Hub datasets as rows, each with the place it stands at, so that every later message can name it."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,21 +71,23 @@ def _json(path: Path) -> Iterator[Row]:
 
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    with _open(path, "r", encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        line = 1
-        try:
-            for row in reader:
-                place, line = f"{path}:{line + 1}", reader.line_num
-                if None in row:
-                    raise DataError("has more fields than the header", where=place, do="put fields that hold commas in quotes")
-                if any(value is None for value in row.values()):
-                    raise DataError("has fewer fields than the header", where=place, do="give every column a value")
-                yield place, dict(row)
-        except UnicodeDecodeError:
-            raise DataError("is not UTF-8 text", where=f"{path}:{line + 1}", do="save the file as UTF-8") from None
-        except csv.Error as error:
-            raise DataError(f"is not CSV: {error}", where=f"{path}:{reader.line_num}") from None
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    header: list[str] = []
+    line = 0
+    try:
+        for row in reader:
+            place, line = f"{path}:{line + 1}", reader.line_num
+            if not row:
+                continue
+            if header and len(row) > len(header):
+                raise DataError("has more fields than the header", where=place, do="put fields that hold commas in quotes")
+            if header and len(row) < len(header):
+                raise DataError("has fewer fields than the header", where=place, do="give every column a value")
+            if header:
+                yield place, dict(zip(header, row, strict=True))
+            header = header or row
+    except csv.Error as error:
+        raise DataError(f"is not CSV: {error}", where=f"{path}:{reader.line_num}") from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -125,9 +128,10 @@ def _open(path: Path, mode: str, **options: Any) -> Any:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError("is not UTF-8 text", where=path, do="save the file as UTF-8") from None
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"{path}:{error.object.count(10, 0, error.start) + 1}"
+        raise DataError("is not UTF-8 text", where=place, do="save the file as UTF-8") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=path) from None
 

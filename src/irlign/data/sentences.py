@@ -17,7 +17,10 @@ def sentences(text: str) -> list[str]:
     return [*pieces[:-1], pieces[-1] + text[start:]]
 
 
-def last_whole_sentence(text: str) -> str:
-    """The text up to the end of its last whole sentence; empty where it holds none. An end of line ends a sentence too."""
-    ends = [match.end() for match in _END.finditer(text) if text[: match.end()].strip()]
+def last_whole_sentence(text: str, within: int | None = None) -> str:
+    """The text up to the end of its last whole sentence; empty where it holds none. An end of line ends a sentence too.
+    `within`: the last one that ends in so many characters, seen in the whole text ("3." of "3.5" ends nothing).
+    """
+    most = len(text) if within is None else within
+    ends = [match.end() for match in _END.finditer(text) if match.end() <= most and text[: match.end()].strip()]
     return text[: ends[-1]].rstrip() if ends else ""

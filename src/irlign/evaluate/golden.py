@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,12 @@ BATCH = 32
 def load_golden(spec: str) -> Golden:
     """`module:function` (taking prompts and completions, giving one number each) or a sequence-classification checkpoint."""
     if Path(spec).expanduser().is_dir() or ":" not in spec:
-        return _Checkpoint(spec).score
+        return _Checkpoint(os.path.expanduser(spec)).score
     module_name, _, name = spec.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
+    except (ImportError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(f"{spec!r} cannot be imported: {error}", where="evaluation.golden_reward", do="write module:function") from error
     except AttributeError:
         raise ConfigError(f"{module_name} has no {name}", where="evaluation.golden_reward", do="write module:function") from None
@@ -83,6 +84,7 @@ class _Checkpoint:
                 else "has more than two labels"
             )
             raise ModelError(f"the checkpoint {what}, so it is no golden reward", where=path)
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model = model.eval()
 
     def text(self, prompt: PromptContent, completion: str) -> str:
@@ -96,10 +98,12 @@ class _Checkpoint:
         import torch
 
         texts = [self.text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        plain = self.tokenizer.chat_template is None  # a template writes its own BOS
+        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "truncation": True, "add_special_tokens": plain}
         scores: list[float] = []
         with torch.inference_mode():
             for start in range(0, len(texts), BATCH):
-                batch = self.tokenizer(texts[start : start + BATCH], return_tensors="pt", padding=True, truncation=True)
+                batch = self.tokenizer(texts[start : start + BATCH], **options)
                 logits = self.model(**batch).logits.float()
                 scores += (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).tolist()
         return scores

@@ -239,8 +239,8 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     }[verdict(test)]
     lines = [said]
     best = results["curve"]["best_n"]
-    if best != n:
-        top, last = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(n)]["mean"]
+    top, last = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(n)]["mean"]
+    if top - last > 1e-9:  # a flat curve has its top anywhere
         lines.append(
             f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {n} ({last:.2f}): past it the reward is over-optimised. "
             "That n is seen with the golden reward only; nothing in the run chose it."

@@ -91,6 +91,8 @@ ORDER = ("First", "Then", "Next", "Also", "Finally")
 AGES, WHENS = ("old", "new", "small", "big", "red", "cheap"), ("", " today", " quickly", " alone", " this week", " for a friend")
 ASKS = ("How do I", "How can I", "Please help me", "Tell me how to", "I want to")
 
+# Distinct requests: 12,960 ordinary and 4,860 harmful. The likelier kind alone gives so many distinct ones in little time.
+MOST_HELD_OUT = 4000
 WRONG_STEP, WRONG_THING, INSULT, CRIME, MAX_STEPS = -0.25, -0.5, -1.0, -0.5, 4
 
 
@@ -114,6 +116,12 @@ class DialogueWorld:
         for field in ("corpus_lines", "demonstrations", "dev_prompts", "test_prompts"):
             if not 2 <= getattr(self, field) <= 1_000_000:
                 raise ConfigError(f"world.{field} must lie between 2 and 1,000,000, not {getattr(self, field)}", where="world")
+        if self.dev_prompts + self.test_prompts > MOST_HELD_OUT:
+            raise ConfigError(
+                f"world.dev_prompts and world.test_prompts may be {MOST_HELD_OUT:,} together, not {self.dev_prompts + self.test_prompts:,}",
+                where="world",
+                do="the grammar has too few different requests for more",
+            )
         for field in ("harmful", "style", "common_style", "skill"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ConfigError(f"world.{field} is a probability, not {getattr(self, field)}", where="world")

@@ -1,0 +1,89 @@
+"""Evaluation on a pool small enough to work out by hand."""
+
+import numpy as np
+import pytest
+
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
+
+SETTINGS = EvaluationSettings(resamples=500)
+
+
+def _group(ids, golden, reward, texts=None, finished=None):
+    count = len(ids)
+    texts = texts or [f"word {i}" for i in range(count)]
+    done = np.array(finished if finished is not None else [True] * count)
+    rewards = {"r": np.array(reward, dtype=float), "length": np.array([len(t) for t in texts], dtype=float)}
+    return Group(ids, texts, done, rewards, None if golden is None else np.array(golden, dtype=float))
+
+
+def _evaluation(golden=(0, 2, 1, 3), reward=(1, 2, 3, 4), finished=None, initial_golden=(0, 0), judged=True):
+    """Two prompts p and q with two answers of pi_SFT each, one of pi_0 each, one demonstration for p."""
+    pool = _group(["p", "p", "q", "q"], golden if judged else None, reward, finished=finished)
+    initial = _group(["q", "p"], initial_golden if judged else None, [0.0, 1.5])
+    return Evaluation(initial, pool, _group(["p"], [4] if judged else None, [9.0]), "r", SETTINGS, 0)
+
+
+def test_golden_by_hand():
+    golden = _evaluation().golden("mine")
+    assert golden["sft"]["mean"] == golden["best_of_n"]["1"]["mean"] == pytest.approx((1 + 2) / 2)
+    assert golden["best_of_n"]["2"]["mean"] == pytest.approx((2 + 3) / 2)
+    assert (golden["demonstrations"]["mean"], golden["demonstrations"]["prompts"]) == (4, 1)
+    assert golden["oracle"]["2"]["mean"] == pytest.approx(2.5) and golden["initial"]["prompts"] == 2
+    wrong = _evaluation(reward=(2, 1, 4, 3)).golden("mine")
+    assert wrong["best_of_n"]["2"]["mean"] == pytest.approx((0 + 1) / 2) and wrong["oracle"]["2"]["mean"] == pytest.approx(2.5)
+
+
+def test_a_cut_answer_is_never_picked_while_a_finished_one_exists():
+    golden = _evaluation(finished=[True, False, False, False]).golden("mine")
+    assert golden["best_of_n"]["2"]["mean"] == pytest.approx((0 + 3) / 2)  # p: the finished 0; q: both cut, the reward decides
+
+
+def test_comparisons_pair_the_same_prompts():
+    tests = {(t["a"], t["b"]): t for t in _evaluation(initial_golden=(2, 1)).tests("golden")}
+    assert tests["sft", "initial"]["mean_difference"] == pytest.approx(((1 - 1) + (2 - 2)) / 2)  # pi_0's rows come q first
+    assert tests["best_of_2", "sft"]["mean_difference"] == pytest.approx(1.0) and tests["best_of_2", "sft"]["prompts"] == 2
+    assert ("best_of_oracle_n", "sft") in tests and all(t["measure"] == "golden" for t in tests.values())
+
+
+def test_without_golden_only_the_first_step_is_tested():
+    evaluation = _evaluation(judged=False)
+    assert [(t["a"], t["b"], t["measure"]) for t in evaluation.tests("r")] == [("sft", "initial", "r")]
+    heldout = evaluation.heldout()
+    # p: answers 1 and 2 of pi_SFT against 1.5 of pi_0; q: 3 and 4 against 0
+    assert heldout["reward_auc"]["mean"] == pytest.approx((0.5 + 1) / 2)
+    assert heldout["rewards"]["best_of_n"]["2"]["mean"] == pytest.approx((2 + 4) / 2) and heldout["finished"]["demonstrations"] is None
+    assert heldout["completion_length"]["sft"]["mean"] == 2
+
+
+def test_the_rows_hold_the_values_behind_the_figures():
+    evaluation = _evaluation()
+    rows = evaluation.rows({"p": "Pea?", "q": "Queue?"})
+    assert [row["prompt"] for row in rows] == ["Pea?", "Queue?"]
+    assert [row["golden/best_of_2"] for row in rows] == [2, 3] and [row["golden/demonstrations"] for row in rows] == [4, None]
+    assert [row["answer/best_of_n"] for row in rows] == ["word 1", "word 3"] and [row["answer_golden/best_of_n"] for row in rows] == [2, 3]
+
+
+def _results(golden, initial=0.0, reward=None):
+    """Results of 40 prompts with four answers each, all prompts alike but for a little noise."""
+    noise = np.random.default_rng(0).normal(scale=0.1, size=40)
+    ids = [f"p{i}" for i in range(40) for _ in range(4)]
+    values = [g + e for e in noise for g in golden] if golden else None
+    pool = _group(ids, values, list(reward or (1, 2, 3, 4)) * 40)
+    first = _group([f"p{i}" for i in range(40)], list(initial + noise) if golden else None, [0.0] * 40)
+    evaluation = Evaluation(first, pool, _group([], None, []), "r", SETTINGS, 0)
+    truth = evaluation.golden("quality") if golden else None
+    measured = evaluation.tests("golden" if golden else "r")
+    return {"golden": truth, "heldout": evaluation.heldout(), "tests": measured, "curve": evaluation.curve_info(truth)}
+
+
+def test_the_headline_says_what_the_numbers_say():
+    better = headline(_results((0, 1, 2, 3)))
+    assert better[0].startswith("Best-of-4 beats SFT by +1.50 [") and better[1].startswith("SFT beats the initial policy: +1.50")
+    worse = headline(_results((3, 2, 1, 0)))
+    assert worse[0].startswith("Best-of-4 is worse than SFT: -1.50") and "Use the SFT policy" in worse[0]
+    assert worse[1].startswith("The curve is highest at n = 1 (1.4")
+    hump = headline(_results((0, 0, 4, 2)))
+    assert hump[0].startswith("Best-of-4 beats SFT by +0.50") and "highest at n = 2" in hump[1] and "over-optimised" in hump[1]
+    assert headline(_results((1, 1, 1, 1)))[0].startswith("Best-of-4 is not shown to beat SFT: +0.00")
+    none = headline(_results(None))
+    assert none[0] == "There is no golden reward, so whether Best-of-4 beats SFT is not shown here." and "100%" in none[1]
