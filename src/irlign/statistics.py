@@ -48,6 +48,7 @@ def paired_test(
     p counts the observed signs as one of the permutations, so it is never 0.
     """
     difference = np.asarray(values_a_P, dtype=float) - np.asarray(values_b_P, dtype=float)
+    difference[np.abs(difference) < 1e-9 * max(1.0, float(np.abs(values_a_P).max()))] = 0.0  # what rounding left is no difference
     mean = estimate(difference, resamples=resamples, seed=seed)
     rng = np.random.default_rng(seed + 1)
     extreme = 0
