@@ -111,7 +111,9 @@ def _hub(name: str, split: str) -> Iterator[Row]:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # the Hub client raises many kinds
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"no such file, and it cannot be read from the Hub: {line}", where=name, do="check the name and data.split") from error
+        raise DataError(
+            f"no such file, and it cannot be read from the Hub: {line}", where=name, do="check the name and data.split"
+        ) from error
     for number, row in enumerate(dataset, 1):
         yield f"{name}, row {number}", dict(row)
 
