@@ -1,0 +1,88 @@
+"""The report on a finished run whose numbers are changed by hand: what it must say, and what must never leave it."""
+
+import re
+import shutil
+
+import pytest
+from small import small_recipe
+
+from irlign.files import read_json, read_table, write_json, write_table
+from irlign.pipeline import run
+from irlign.report import write_report, write_seeds
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reported") / "run"
+    run(small_recipe(root))
+    return root
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_it_is_one_offline_file(finished):
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<script|<link|@import|url\(\s*["']?http""", html)
+
+
+def test_the_answer_comes_before_every_figure(finished):
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    headline = read_json(finished / "evaluation/results.json")["headline"]
+    assert headline and all(html.index(line) < html.index("<svg") for line in headline)
+
+
+def test_every_tile_has_its_interval_and_its_count_of_prompts(finished):
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    tiles = re.findall(r'<div class="tile">(.*?)</div>', html)
+    assert len(tiles) == 4
+    assert all(re.search(r"\[[−0-9.]+, [−0-9.]+\] · 8 prompts", tile) for tile in tiles)
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(0.1, 0.3, "better"), (-0.3, -0.1, "worse"), (-0.1, 0.1, "")])
+def test_the_verdict_is_the_interval_of_the_last_n_against_sft(copied, low, high, verdict):
+    results = read_json(copied / "evaluation/results.json")
+    for test in results["tests"]:
+        if (test["a"], test["b"]) == ("best_of_4", "sft"):
+            test.update(mean_difference=(low + high) / 2, ci95=[low, high])
+    write_json(copied / "evaluation/results.json", results)
+    write_report(copied, copied / "report.html")
+    assert f'<section class="answer {verdict}">' in (copied / "report.html").read_text(encoding="utf-8")
+
+
+def test_text_of_a_model_is_never_markup(copied):
+    rows = read_table(copied / "evaluation/prompts.parquet")
+    bad = "</p><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} \ud83d"
+    for row in rows:
+        row["prompt"] = row["answer/best_of_n"] = bad.encode("utf-8", "replace").decode()
+    write_table(copied / "evaluation/prompts.parquet", rows)
+    write_report(copied, copied / "report.html")
+    html = (copied / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)" in html and "{{ 7 * 7 }}" in html
+    assert "<script" not in html and "<img" not in html
+
+
+def test_without_a_golden_reward_nothing_is_called_better(copied):
+    results = read_json(copied / "evaluation/results.json")
+    rows = read_table(copied / "evaluation/prompts.parquet")
+    results["golden"] = None
+    write_json(copied / "evaluation/results.json", results)
+    write_table(copied / "evaluation/prompts.parquet", [{k: v for k, v in row.items() if "golden" not in k} for row in rows])
+    write_report(copied, copied / "report.html")
+    html = (copied / "report.html").read_text(encoding="utf-8")
+    assert "its rise proves nothing" in html and "golden value" not in html
+
+
+def test_the_seeds_table_names_the_seeds_that_turned(copied, tmp_path):
+    """Seed 1 rises to the last n, seed 2 peaks at n = 2: the table says so, by name."""
+    results = {}
+    for seed, best in ((1, 4), (2, 2)):
+        shutil.copytree(copied, tmp_path / f"seed-{seed}")
+        results[seed] = read_json(copied / "evaluation/results.json")
+        results[seed]["curve"]["best_n"] = best
+    found = write_seeds(tmp_path, results)
+    assert [row["seed"] for row in found["seeds"]] == [1, 2]
+    assert any("seed 2: n = 2" in line and "seed 1" not in line for line in found["headline"])
+    assert "seed 2: n = 2" in (tmp_path / "seeds.html").read_text(encoding="utf-8")
