@@ -1,5 +1,8 @@
 """The few kinds of error a user can meet: what is wrong, where, and what to do about it."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class IrlignError(Exception):
     """One clear error. `what` is wrong, `where` (a file:line, a key, a stage), and what to `do`.
@@ -47,3 +50,15 @@ class GuardError(IrlignError):
 
 class IrlignWarning(UserWarning):
     """Something the user should know that does not stop the run; an error in the tests."""
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, *, where: str, do: str) -> Iterator[None]:
+    """Turn a device or machine that runs out of memory inside the block into a ModelError with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
+            raise ModelError(f"out of memory with {what}", where=where, do=do) from error
+        raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from irlign.config import Settings
-from irlign.errors import ConfigError, ModelError
+from irlign.errors import ConfigError, ModelError, memory_errors
 from irlign.progress import Progress
 
 if TYPE_CHECKING:
@@ -132,17 +132,10 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     with Progress(stage, None, "steps") as bar:
         trainer.add_callback(_watch(bar, stage))
-        try:
+        size = trainer.args.per_device_train_batch_size
+        remedy = f"set it to {max(1, size // 2)} and gradient_accumulation_steps to twice its value"
+        with memory_errors(f"per_device_train_batch_size={size}", where=stage, do=remedy):
             output = trainer.train(resume_from_checkpoint=last)
-        except (RuntimeError, MemoryError) as error:
-            if "out of memory" not in str(error).lower() and "can't allocate" not in str(error).lower():
-                raise
-            size = trainer.args.per_device_train_batch_size
-            raise ModelError(
-                f"out of memory with per_device_train_batch_size={size}",
-                where=stage,
-                do=f"set it to {max(1, size // 2)} and gradient_accumulation_steps to twice its value",
-            ) from error
     model: Any = trainer.model
     if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the last update is in no loss
         raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny import make_tiny_policy
 
-from irlign.errors import GuardError, RunError
+from irlign.errors import GuardError, ModelError, RunError
 from irlign.files import read_table
 from irlign.records import Prompt, Sample
 from irlign.runs import request_seed
@@ -140,3 +140,15 @@ def test_the_guard_on_cut_answers():
     with pytest.raises(GuardError, match="no answer ended"):
         check(1.0)
     check(1.0, limit=1)
+
+
+def test_memory_that_runs_out_is_an_error_with_a_remedy(policy, tmp_path, monkeypatch):
+    from irlign.sampling.transformers_engine import TransformersEngine
+
+    def no_memory(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(TransformersEngine, "draw", no_memory)
+    with pytest.raises(ModelError, match=r"out of memory with sampling.batch_size=\d+") as caught:
+        _draw(policy, tmp_path)
+    assert "set it to" in str(caught.value)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from irlign.errors import GuardError
+from irlign.errors import GuardError, memory_errors
 from irlign.files import read_table, write_table
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
@@ -39,7 +39,10 @@ def draw_pool(
                 engine = engine or load_engine(policy, settings, chat_template)
                 requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
                 seeds = [s for r in requests for s in r.seeds]
-                rows = [_row(sample, s, settings) for sample, s in zip(engine.draw(requests), seeds, strict=True)]
+                remedy = f"set it to {max(1, settings.batch_size // 2)}"
+                with memory_errors(f"sampling.batch_size={settings.batch_size}", where=f"sample {name}", do=remedy):
+                    drawn = engine.draw(requests)
+                rows = [_row(sample, s, settings) for sample, s in zip(drawn, seeds, strict=True)]
                 write_table(path, rows)
             bar.advance(sum(n for _, n in part))
     del engine
