@@ -27,7 +27,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "reward": SPINE | {"data", "training"},
     "optimise": SPINE | {"data", "policy", "sampling", "reward"},
     "evaluate": SPINE | {"data", "worlds", "reward"},
-    "exact": {"reward"},
+    "exact": BASE | {"reward"},
     "plots": BASE,
     "report": SPINE | {"plots"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
