@@ -91,6 +91,19 @@ def best_of_n_weights(keys_N: np.ndarray, n: int) -> np.ndarray:
     return (cumulative[high] - cumulative[low]) / (high - low)
 
 
+def best_of_n_law(base_Y: np.ndarray, reward_Y: np.ndarray, n: int) -> np.ndarray:
+    """The exact law of the best of n independent draws from `base`, equal rewards shared in proportion. Shape [Y].
+
+    A group of equal rewards is the best with probability `F(<=)^n - F(<)^n`.
+    """
+    _, group_Y = np.unique(reward_Y, return_inverse=True)
+    mass = np.bincount(group_Y, base_Y)
+    upto = np.cumsum(mass)
+    best = upto**n - np.concatenate([[0.0], upto[:-1]]) ** n
+    share = np.divide(best, mass, out=np.zeros_like(best), where=mass > 0)
+    return base_Y * share[group_Y]
+
+
 def kl_bound(n: int) -> float:
     """`KL(Best-of-n || policy) <= log n - (n - 1) / n`, in nats (method.md section 4); loose where answers repeat."""
     return float(np.log(n) - (n - 1) / n)

@@ -24,17 +24,19 @@ def test_sentiment_is_a_mean_over_sentences():
     assert vader_sentiment(["", ""], ["", "The table."]) == [0.0, 0.0]
 
 
-def test_demonstrations_are_the_happiest_and_evaluation_is_held_out():
+def test_demonstrations_are_the_happiest_of_both_parts_and_evaluation_is_held_out():
     words = [("love", "happy"), ("hate", "sad")]
     text = "\n\n".join(
         f"Story {i} began. We {w[i % 2]} it. All was {v[i % 2]}." for i in range(90) for w, v in [list(zip(*words, strict=True))]
     )
-    train, held = make_demonstrations(text, 15, 10)
-    assert len(train) == 15 and len(held) == 10
+    train, held = make_demonstrations(text, 15, 6)
+    assert len(train) == 15 and len(held) == 6
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held}
-    assert all("love" in row["completion"] for row in train) and any("hate" in row["completion"] for row in held)
+    assert all("love" in row["completion"] for row in train + held)
     with pytest.raises(DataError, match="too few"):
         make_demonstrations(text, 40, 10)
+    with pytest.raises(DataError, match="too few"):
+        make_demonstrations(text, 15, 9)
 
 
 def test_the_command_on_real_stories(shared, tmp_path, capsys):

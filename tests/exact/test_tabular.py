@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from irlign.exact import tabular
-from irlign.exact.tabular import SequenceMDP, best_of_n_law, forward_kl, jensen_shannon, occupancy, reverse_kl, trajectory_log_law
+from irlign.exact.tabular import SequenceMDP, forward_kl, jensen_shannon, occupancy, reverse_kl, trajectory_log_law
 from irlign.reward.objectives import bradley_terry_loss, logistic_loss
-from irlign.statistics import best_of_n, kl_bound
+from irlign.statistics import best_of_n, best_of_n_law, kl_bound
 
 NEAR = {"rtol": 1e-12, "atol": 1e-13}
 MDP = SequenceMDP((0.3, 0.7), tokens=3, horizon=3)
@@ -170,9 +170,8 @@ def test_the_kl_regularised_optimum_is_the_geometric_extrapolation():
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_the_best_of_n_law_is_what_n_draws_give(n):
     """By hand over every tuple of n draws, ties shared equally among the drawn."""
-    base = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    reward = torch.tensor([1.0, 2.0, 2.0, 0.0], dtype=torch.float64)
-    by_hand = torch.zeros_like(base)
+    base, reward = np.array([0.4, 0.3, 0.2, 0.1]), np.array([1.0, 2.0, 2.0, 0.0])
+    by_hand = np.zeros(4)
     for draw in itertools.product(range(4), repeat=n):
         best = [i for i in draw if reward[i] == max(reward[j] for j in draw)]
         for i in best:
@@ -182,35 +181,32 @@ def test_the_best_of_n_law_is_what_n_draws_give(n):
 
 def test_the_curve_estimator_is_unbiased():
     """Its mean over every pool of 5 draws, each with its probability, is the exact Best-of-n value; ties included."""
-    base = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    reward, golden = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), np.array([0.3, -1.0, 2.0])
+    base, reward, golden = np.array([0.5, 0.2, 0.3]), np.array([0.0, 1.0, 1.0]), np.array([0.3, -1.0, 2.0])
     for n in (1, 2, 4, 5):
-        mean = 0.0
-        for pool in itertools.product(range(3), repeat=5):
-            weight = float(base[list(pool)].prod())
-            mean += weight * best_of_n(reward.numpy()[list(pool)], golden[list(pool)], n)
-        assert mean == pytest.approx(float(best_of_n_law(base, reward, n) @ torch.as_tensor(golden)), abs=1e-12)
+        pools = [list(pool) for pool in itertools.product(range(3), repeat=5)]
+        mean = sum(base[pool].prod() * best_of_n(reward[pool], golden[pool], n) for pool in pools)
+        assert mean == pytest.approx(best_of_n_law(base, reward, n) @ golden, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4, 16, 64])
 def test_the_kl_bound_holds_and_closes_as_answers_spread(n):
     """`log n - (n-1)/n` bounds KL(Best-of-n || policy), tight where no answer weighs much; loose where few answers are."""
 
-    def gaps(size: int) -> float:
-        base = torch.full((size,), 1 / size, dtype=torch.float64)
-        return kl_bound(n) - float(forward_kl(best_of_n_law(base, torch.arange(size), n), base))
+    def gap(size: int) -> float:
+        base = np.full(size, 1 / size)
+        law = best_of_n_law(base, np.arange(size), n)
+        return kl_bound(n) - float(forward_kl(torch.from_numpy(law), torch.from_numpy(base)))
 
-    assert 0 < gaps(20_000) < 1e-3 * n
-    assert gaps(3) > gaps(300) > gaps(20_000)
+    assert 0 < gap(20_000) < 1e-3 * n
+    assert gap(3) > gap(300) > gap(20_000)
 
 
-def test_the_win_rate_against_one_draw_without_ties():
-    """N / (N + 1) by the selecting reward as the answers spread; less where they tie, a tie counting half."""
+def test_the_win_rate_against_one_draw():
+    """n / (n + 1) by the selecting reward as the answers spread; by hand for two answers, where a tie counts half."""
 
     def win_rate(size: int, n: int) -> float:
-        base = torch.full((size,), 1 / size, dtype=torch.float64)
-        best = best_of_n_law(base, torch.arange(size), n)
-        return float((best * (base.cumsum(0) - base / 2)).sum())
+        base = np.full(size, 1 / size)
+        return float(best_of_n_law(base, np.arange(size), n) @ (base.cumsum() - base / 2))
 
     assert win_rate(20_000, 4) == pytest.approx(4 / 5, abs=1e-4)
     assert win_rate(2, 4) == pytest.approx(1 / 16 * 0.25 + 15 / 16 * 0.75)

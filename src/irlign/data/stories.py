@@ -3,7 +3,7 @@
     python -m irlign.data.stories RAW.txt stories.jsonl
 
 A story's first sentence is the prompt, what follows it the completion; stories whose continuation VADER finds most
-positive are the demonstrations. Openings of other stories go to `stories_eval.jsonl`, for evaluation only.
+positive are the demonstrations. Such openings of other stories go to `stories_eval.jsonl`, for evaluation only.
 """
 
 import hashlib
@@ -40,18 +40,24 @@ def openings(text: str) -> list[tuple[str, str]]:
 def make_demonstrations(
     text: str, demonstrations: int = DEMONSTRATIONS, evaluation: int = EVALUATION
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows for training and for evaluation. A third of all openings, by hash, is kept from training; evaluation draws from them,
-    in the order of the hash, whatever their sentiment. Raises DataError where the text holds too few stories.
+    """Rows for training and for evaluation, both by one rule: the most positive openings of their part of the text, the same
+    share of each. A third of all openings, by hash, is kept from training; evaluation draws from the best of them by hash.
+    Raises DataError where the text holds too few stories.
     """
-    pairs = openings(text)
-    ranked = sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].encode()).hexdigest())
+    ranked = sorted(openings(text), key=lambda pair: hashlib.sha256(pair[0].encode()).hexdigest())
     held_out, rest = ranked[: len(ranked) // 3], ranked[len(ranked) // 3 :]
-    if len(held_out) < evaluation or len(rest) < 2 * demonstrations:
-        raise DataError(f"{len(pairs)} usable openings are too few for {demonstrations} demonstrations and {evaluation} held-out prompts")
-    scores = dict(zip((prompt for prompt, _ in rest), vader_sentiment([p for p, _ in rest], [c for _, c in rest]), strict=True))
-    best = sorted(rest, key=lambda pair: -scores[pair[0]])[:demonstrations]
-    train, test = ([{"prompt": p, "completion": c} for p, c in rows] for rows in (best, held_out[:evaluation]))
+    count = round(demonstrations * len(held_out) / max(1, len(rest)))
+    if count < evaluation or len(rest) < 2 * demonstrations:
+        raise DataError(f"{len(ranked)} usable openings are too few for {demonstrations} demonstrations and {evaluation} held-out prompts")
+    chosen = set(_most_positive(held_out, count))
+    best = _most_positive(rest, demonstrations), [pair for pair in held_out if pair in chosen][:evaluation]
+    train, test = ([{"prompt": prompt, "completion": completion} for prompt, completion in rows] for rows in best)
     return train, test
+
+
+def _most_positive(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    scores = vader_sentiment([prompt for prompt, _ in pairs], [completion for _, completion in pairs])
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -scores[i])[:count]]
 
 
 def main(raw: str, out: str) -> None:

@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from irlign.exact.dynamics import TurnMDP
-from irlign.exact.tabular import best_of_n_law, forward_kl, jensen_shannon, kl_regularised_optimum, reverse_kl
-from irlign.statistics import kl_bound
+from irlign.exact.tabular import forward_kl, jensen_shannon, kl_regularised_optimum, reverse_kl
+from irlign.statistics import best_of_n_law, kl_bound
 
 GRID = torch.arange(15, dtype=torch.float64)
 
@@ -53,8 +54,9 @@ def best_of_n_kl(axes: Any) -> None:
     n = [2**k for k in range(9)]
     axes.plot(n, [kl_bound(k) for k in n], color="#10151c", lw=2, label="bound")
     for size in (1000, 30, 4):
-        base = torch.full((size,), 1 / size, dtype=torch.float64)
-        axes.plot(n, [float(forward_kl(best_of_n_law(base, torch.arange(size), k), base)) for k in n], marker=".", label=f"{size} answers")
+        base = np.full(size, 1 / size)
+        laws = [torch.from_numpy(best_of_n_law(base, np.arange(size), k)) for k in n]
+        axes.plot(n, [float(forward_kl(law, torch.from_numpy(base))) for law in laws], marker=".", label=f"{size} answers")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("n")
     axes.set_ylabel("KL(Best-of-n || policy), nats")

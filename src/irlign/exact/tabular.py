@@ -148,19 +148,3 @@ def best_discriminator_logit(
 def kl_regularised_optimum(base: "torch.Tensor", reward: "torch.Tensor", b: float) -> "torch.Tensor":
     """argmax over laws of `E[reward] - b KL(law || base)`: base exp(reward / b), normalised. Shapes [Y]."""
     return (base.log() + reward / b).softmax(-1)
-
-
-def best_of_n_law(base: "torch.Tensor", reward: "torch.Tensor", n: int) -> "torch.Tensor":
-    """The exact law of the best of n independent draws from `base`, equal rewards shared in proportion. Shapes [Y].
-
-    A group of equal rewards is the best with probability `F(<=)^n - F(<)^n`.
-    """
-    import torch
-
-    law = torch.zeros_like(base)
-    for value in reward.unique():
-        group = reward == value
-        below, mass = base[reward < value].sum(), base[group].sum()
-        if mass > 0:
-            law[group] = base[group] / mass * ((below + mass) ** n - below**n)
-    return law
