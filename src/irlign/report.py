@@ -54,7 +54,7 @@ def write_report(root: Path, target: Path) -> None:
 
 
 def _verdict(results: Mapping[str, Any], last: int) -> str:
-    test = next((t for t in results["tests"] if t["a"] == f"best_of_{last}" and t["b"] == "sft"), None)
+    test = _test(results, f"best_of_{last}", "sft")
     return "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
 
 
@@ -188,43 +188,46 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
     }
     keys = [key for key in keys if all(values[key].values())]
     last = f"best_of_{n[-1]}"
-    differences = {seed: np.subtract(values[last][seed], values["sft"][seed]) for seed in results}
     pooled = {key: nested_estimate(list(values[key].values())).to_json() for key in keys}
-    gap = nested_estimate([difference.tolist() for difference in differences.values()]).to_json()
+    gaps = {
+        f"{a} - {b}": nested_estimate([np.subtract(values[a][seed], values[b][seed]).tolist() for seed in results]).to_json()
+        for a, b in (("sft", "initial"), (last, "initial"), (last, "sft"))
+        if all(len(values[a][seed]) == len(values[b][seed]) for seed in results)
+    }
+    gap = gaps[f"{last} - sft"]
     table = [_seed_row(seed, r, {key: float(np.mean(values[key][seed])) for key in keys}, n[-1]) for seed, r in results.items()]
     name = results[next(iter(results))]["golden"]["name"] if measure == "golden" else "the trained reward"
-    found = {
-        "measure": name,
-        "seeds": table,
-        "pooled": pooled,
-        f"{last} - sft": gap,
-        "headline": _seeds_headline(table, pooled, gap, n, measure),
-    }
+    found = {"measure": name, "seeds": table, "pooled": pooled, "differences": gaps, "headline": _seeds_headline(table, gap, n, measure)}
     write_json(root / "seeds.json", found)
     context = {
         "name": root.name,
         "rows": table,
         "columns": keys,
         "pooled": pooled,
+        "differences": gaps,
         "measure": name,
         "headline": found["headline"],
         "verdict": "better" if gap["ci95"][0] > 0 and measure == "golden" else "worse" if gap["ci95"][1] < 0 else "",
-        "pooled_difference": f"{gap['mean']:+.3f} [{gap['ci95'][0]:.3f}, {gap['ci95'][1]:.3f}]",
     }
     _render("seeds.html", root / "seeds.html", context)
     return found
 
 
 def _seed_row(seed: int, results: Mapping[str, Any], means: Mapping[str, float], last: int) -> dict[str, Any]:
-    test = next((t for t in results["tests"] if t["a"] == f"best_of_{last}" and t["b"] == "sft"), None)
+    best = results["curve"]["best_n"]
+    test = _test(results, f"best_of_{last}", "sft")
+    fall = _test(results, f"best_of_{last}", "sft" if best == 1 else f"best_of_{best}")
     side = "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
     difference = f"{test['mean_difference']:+.3f} [{test['ci95'][0]:.3f}, {test['ci95'][1]:.3f}]" if test else "–"
-    return {"seed": seed, **means, "best_n": results["curve"]["best_n"], "difference": difference, "verdict": side}
+    falls = fall is not None and fall["ci95"][1] < 0
+    return {"seed": seed, **means, "best_n": best, "over_optimised": falls, "difference": difference, "verdict": side}
 
 
-def _seeds_headline(
-    table: Sequence[Mapping[str, Any]], pooled: Mapping[str, Any], gap: Mapping[str, Any], n: Sequence[int], measure: str
-) -> list[str]:
+def _test(results: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
+    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
+
+
+def _seeds_headline(table: Sequence[Mapping[str, Any]], gap: Mapping[str, Any], n: Sequence[int], measure: str) -> list[str]:
     last, count = n[-1], len(table)
     if measure != "golden":
         return [f"{count} seeds without a golden reward: whether Best-of-{last} beats SFT is not shown."]
@@ -238,7 +241,13 @@ def _seeds_headline(
     turned = [row for row in table if row["best_n"] != last]
     if turned:
         seen = ", ".join(f"seed {row['seed']}: n = {row['best_n']}" for row in turned)
-        lines.append(f"Best-of-{last} lies below a smaller n in {len(turned)} of {count} ({seen}): past it the reward is over-optimised.")
+        fallen = [str(row["seed"]) for row in turned if row["over_optimised"]]
+        beyond = (
+            f"by more than the noise in seed {', '.join(fallen)}: the reward is over-optimised there"
+            if fallen
+            else "each time within the noise"
+        )
+        lines.append(f"Best-of-{last} lies below a smaller n in {len(turned)} of {count} ({seen}), {beyond}.")
     return lines
 
 

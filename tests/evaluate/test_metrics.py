@@ -84,6 +84,9 @@ def test_the_headline_says_what_the_numbers_say():
     assert worse[1].startswith("The curve is highest at n = 1 (1.4")
     hump = headline(_results((0, 0, 4, 2)))
     assert hump[0].startswith("Best-of-4 beats SFT by +0.50") and "highest at n = 2" in hump[1] and "over-optimised" in hump[1]
+    within = _results((0, 0, 4, 2))
+    within["tests"] = [{**t, "ci95": [-0.02, 0.01]} if t["b"] == "best_of_2" else t for t in within["tests"]]
+    assert "a fall within the noise [-0.02, 0.01]" in headline(within)[1] and "over-optimised" not in headline(within)[1]
     assert headline(_results((1, 1, 1, 1)))[0].startswith("Best-of-4 is not shown to beat SFT: +0.00")
     none = headline(_results(None))
     assert none[0] == "There is no golden reward, so whether Best-of-4 beats SFT is not shown here." and "100%" in none[1]

@@ -241,9 +241,12 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     best = results["curve"]["best_n"]
     top, last = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(n)]["mean"]
     if top - last > 1e-9:  # a flat curve has its top anywhere
+        fall = find_test(results, f"best_of_{n}", "sft" if best == 1 else f"best_of_{best}")
+        assert fall is not None
         lines.append(
-            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {n} ({last:.2f}): past it the reward is over-optimised. "
-            "That n is seen with the golden reward only; nothing in the run chose it."
+            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {n} ({last:.2f}): "
+            + ("past it the reward is over-optimised. " if verdict(fall) == "worse" else f"a fall within the noise {_ci(fall['ci95'])}. ")
+            + "That n is seen with the golden reward only; nothing in the run chose it."
         )
     if (first := find_test(results, "sft", "initial")) is not None:
         words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
