@@ -44,6 +44,7 @@ NO_TORCH = {
         "reward/publish",
         "optimise/best_of_n",
         "evaluate/metrics",
+        "evaluate/overoptimisation",
         "evaluate/results",
         "data/readers",
         "data/demonstrations",

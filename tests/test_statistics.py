@@ -1,6 +1,7 @@
 """Statistics against numbers worked by hand or by enumeration."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -122,3 +123,14 @@ def test_diversity():
     assert statistics.distinct_n(["a"]) == 0.0
     assert statistics.repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
     assert statistics.repetition("a b") == 0.0
+
+
+def test_the_kl_of_best_of_n_by_hand():
+    """Two answers, half each, the second better: best of 2 takes it with 3/4, so KL = 1/4 log(1/2) + 3/4 log(3/2)."""
+    by_hand = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert statistics.best_of_n_kl(["a", "b"], np.array([0.0, 1.0]), 2) == pytest.approx(by_hand)
+    assert statistics.best_of_n_kl(["a", "b", "a", "b"], np.array([0.0, 1.0, 0.0, 1.0]), 2) == pytest.approx(by_hand)
+    assert statistics.best_of_n_kl(["a", "b"], np.array([1.0, 1.0]), 2) == pytest.approx(0)
+    assert statistics.best_of_n_kl(["a", "b"], np.array([0.0, 1.0]), 1) == pytest.approx(0)
+    spread = statistics.best_of_n_kl([str(i) for i in range(500)], np.arange(500.0), 8)
+    assert statistics.kl_bound(8) - 0.02 < spread < statistics.kl_bound(8)

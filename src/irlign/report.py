@@ -38,6 +38,7 @@ def write_report(root: Path, target: Path) -> None:
         "prompts": len(rows),
         "curve_svg": _safe(curve_svg(results)),
         "curve_caption": _curve_caption(golden, len(rows)),
+        "gao": _gao(results["curve"]["gao"], last),
         "length_svg": _safe(length_svg(candidates, info["contrast"])),
         "length_caption": _length_caption(heldout, candidates),
         "tests": results["tests"],
@@ -67,6 +68,16 @@ def _measure_words(golden: Mapping[str, Any] | None) -> str:
 def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
     what = "Golden value" if golden else "The trained reward"
     return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
+
+
+def _gao(fit: Mapping[str, Any] | None, last: int) -> str:
+    if fit is None:
+        return ""
+    at = f"beyond n = {last}" if fit["beyond"] else f"at n = {fit['peak_n']:.1f}"
+    return (
+        f"Gao's law fitted to the curve of the selecting reward, gain = d (α − β d) with d = √KL: α {fit['alpha']:.2f}, β {fit['beta']:.2f}, "
+        f"peak {at} [{fit['ci95'][0]:.1f}, {fit['ci95'][1]:.1f}]; it explains {max(0.0, fit['r2']):.0%} of the curve's variation."
+    )
 
 
 def _length_caption(heldout: Mapping[str, Any], candidates: Sequence[Any]) -> str:

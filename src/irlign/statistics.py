@@ -74,7 +74,7 @@ def best_of_n(selecting_N: np.ndarray, measured_N: np.ndarray, n: int, finished_
     `sum_{i=n..N} C(i-1, n-1) / C(N, n) g_(i)`, i ranking by the selecting reward ascending, g averaged over equal rewards
     (method.md section 4). With `finished`, an unfinished answer ranks below every finished one. Raises ValueError for n > N.
     """
-    return float(best_of_n_weights(_rank_keys(selecting_N, finished_N), n) @ np.asarray(measured_N, dtype=float))
+    return float(best_of_n_weights(rank_keys(selecting_N, finished_N), n) @ np.asarray(measured_N, dtype=float))
 
 
 def best_of_n_weights(keys_N: np.ndarray, n: int) -> np.ndarray:
@@ -107,6 +107,17 @@ def best_of_n_law(base_Y: np.ndarray, reward_Y: np.ndarray, n: int) -> np.ndarra
 def kl_bound(n: int) -> float:
     """`KL(Best-of-n || policy) <= log n - (n - 1) / n`, in nats (method.md section 4); loose where answers repeat."""
     return float(np.log(n) - (n - 1) / n)
+
+
+def best_of_n_kl(answers_N: Sequence[str], keys_N: np.ndarray, n: int) -> float:
+    """KL(Best-of-n || policy) in nats, estimated from a pool: the law of the best of n draws from the pool's own distinct
+    answers. Never above `kl_bound`; well below it where answers repeat. A pool hardly larger than n gives a little less than the truth.
+    """
+    names, group_N, counts = np.unique(np.asarray(answers_N, dtype=object), return_inverse=True, return_counts=True)
+    base = counts / len(group_N)
+    reward = np.bincount(group_N, np.asarray(keys_N, dtype=float)) / counts  # one answer, one reward
+    law = best_of_n_law(base, reward, n)
+    return float(np.sum(law * np.log(np.divide(law, base, out=np.ones(len(names)), where=law > 0))))
 
 
 def powers_of_two(largest: int) -> list[int]:
@@ -162,7 +173,7 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def _rank_keys(selecting_N: np.ndarray, finished_N: np.ndarray | None) -> np.ndarray:
+def rank_keys(selecting_N: np.ndarray, finished_N: np.ndarray | None) -> np.ndarray:
     """Numbers in the order of preference: first whether it finished, then the reward."""
     ranks = rankdata(selecting_N, "min")
     return ranks if finished_N is None else ranks + (len(ranks) + 1) * np.asarray(finished_N, dtype=float)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from irlign import statistics
 from irlign.config import Settings
+from irlign.evaluate.overoptimisation import fit_gao
 
 
 class EvaluationSettings(Settings):
@@ -202,9 +203,26 @@ class Evaluation:
         return [{**statistics.paired_test(a, b, x, y, **options).to_json(), "measure": measure} for a, b, x, y in pairs]
 
     def curve_info(self, golden: Mapping[str, Any] | None) -> dict[str, Any]:
-        """n, the KL bound in nats, and the n at the top of the golden curve (None without a golden reward)."""
-        best = max(self.n, key=lambda n: golden["best_of_n"][str(n)]["mean"]) if golden else None
-        return {"n": self.n, "kl_bound": [statistics.kl_bound(n) for n in self.n], "best_n": best}
+        """n, the KL in nats (its bound, and estimated from the pools), and with a golden reward the n at the top of its curve and
+        Gao's law fitted to it.
+        """
+        kl_n, best, gao = self.kl(), None, None
+        if golden:
+            assert self.pool.golden is not None
+            best = max(self.n, key=lambda n: golden["best_of_n"][str(n)]["mean"])
+            curve_P_n = self.curve(self.pool.rewards[self.selector], self.pool.golden)
+            gao = fit_gao(curve_P_n, self.n, kl_n, resamples=self.resamples, seed=self.seed)
+        bound = [statistics.kl_bound(n) for n in self.n]
+        return {"n": self.n, "kl_bound": bound, "kl": kl_n.tolist(), "best_n": best, "gao": gao.to_json() if gao else None}
+
+    def kl(self) -> np.ndarray:
+        """KL(Best-of-n || pi_SFT) in nats by the selecting reward, the mean over prompts. Shape [n]."""
+        keys, done = (self.pool.by_prompt(v) for v in (self.pool.rewards[self.selector], self.pool.finished))
+        texts: dict[str, list[str]] = {}
+        for prompt_id, text in zip(self.pool.prompt_ids, self.pool.texts, strict=True):
+            texts.setdefault(prompt_id, []).append(text)
+        ranks = {p: statistics.rank_keys(keys[p], done[p]) for p in self.prompts}
+        return np.array([np.mean([statistics.best_of_n_kl(texts[p], ranks[p], n) for p in self.prompts]) for n in self.n])
 
 
 def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
