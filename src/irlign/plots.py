@@ -70,7 +70,7 @@ def _svg(figure: Any, axes: Any) -> str:
     import matplotlib
 
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "irlign"}), io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()
