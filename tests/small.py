@@ -7,7 +7,7 @@ from typing import Any
 def small_recipe(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
     """A recipe as a mapping; guards that a model this small cannot pass are off."""
     recipe: dict[str, Any] = {
-        "world": {"corpus_lines": 200, "demonstrations": 24, "dev_prompts": 5, "test_prompts": 8},
+        "world": {"corpus_lines": 200, "demonstrations": 24, "dev_prompts": 20, "test_prompts": 8},
         "output_dir": str(output_dir),
         "pretrain": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "num_train_epochs": 1},
         "sft": {"learning_rate": 1e-3, "num_train_epochs": 1},

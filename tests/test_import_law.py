@@ -36,13 +36,14 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "__init__": {"pipeline", "reward"},
     "__main__": {"cli"},
 }
-ALSO = {"reward/log_ratio": {"policy"}}  # log pi_SFT - log pi_0 needs policies
+ALSO = {"reward/log_ratio": {"policy"}, "reward/features": {"policy"}}  # these two read a policy
 NO_TORCH = {
     *("records", "errors", "statistics", "config", "files", "runs", "progress", "recipe", "report", "plots", "cli"),
     *(
         "reward/contrasts",
         "reward/publish",
         "optimise/best_of_n",
+        "optimise/label_free",
         "evaluate/metrics",
         "evaluate/overoptimisation",
         "evaluate/results",

@@ -73,7 +73,7 @@ def test_everything_the_contract_names_is_there(finished):
 
 def test_results_keep_their_promises(finished):
     results = json.loads((finished / "evaluation/results.json").read_text())
-    assert set(results) == {"headline", "golden", "heldout", "tests", "curve", "run"}
+    assert set(results) == {"headline", "golden", "heldout", "choice", "tests", "curve", "run"}
     golden = results["golden"]
     assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}
     assert golden["best_of_n"]["1"]["mean"] == pytest.approx(golden["sft"]["mean"])
@@ -93,8 +93,9 @@ def test_the_demonstration_is_never_a_candidate(finished):
     pool = {(r["prompt_id"], r["index"]): r["completion"] for r in read_table(finished / "pools/sft.parquet") if r["split"] != "train"}
     assert {(r["prompt_id"], r["index"]): r["completion"] for r in candidates} == pool
     selected = [json.loads(line) for line in (finished / "best_of_n/selected.jsonl").read_text().splitlines()]
+    n = json.loads((finished / "best_of_n/choice.json").read_text())["n"]
     for row in selected:
-        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"]]
+        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["index"] < n]
         best = max(own, key=lambda c: (c["finish_reason"] != "length", c["reward/init-sft"]))
         assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft"])
 
@@ -135,7 +136,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "length"}
+    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "length", "judge"}
     assert not (copied / "rewards/init-sft").exists()
 
 
@@ -150,7 +151,7 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
     run_stage("reward", None, [f"output_dir={copied}", "reward.loss=bradley-terry"])
     stages = _manifest(copied)
-    assert stages["reward"]["settings"]["reward"]["loss"] == "bradley-terry" and stages["bon"]["settings"]["n"] == 4
+    assert stages["reward"]["settings"]["reward"]["loss"] == "bradley-terry" and stages["bon"]["settings"]["n"] is None
     assert json.loads((copied / "rewards/init-sft/reward.json").read_text())["loss"] == "bradley-terry"
 
 
@@ -195,7 +196,7 @@ def test_scoring_a_file(finished, tmp_path):
 def test_several_seeds_make_one_table(tmp_path):
     table = run(small_recipe(tmp_path / "seeds", seeds="0..1"))
     assert [row["seed"] for row in table["seeds"]] == [0, 1]
-    assert {"initial", "sft", "demonstrations", "best_of_2", "best_of_4"} == set(table["pooled"])
+    assert {"initial", "sft", "demonstrations", "best_of_2", "best_of_4", "chosen"} == set(table["pooled"])
     means = [json.loads((tmp_path / f"seeds/seed-{s}/evaluation/results.json").read_text())["golden"]["sft"]["mean"] for s in (0, 1)]
     assert [row["sft"] for row in table["seeds"]] == pytest.approx(means)
     assert table["pooled"]["sft"]["mean"] == pytest.approx(sum(means) / 2)
@@ -221,7 +222,8 @@ def test_your_own_model_and_file_switch_the_world_off(finished, tmp_path):
     own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
     results = run(small_recipe(tmp_path / "own", **own))
     assert results["golden"] is None and results["run"]["world"] is None
-    assert "no golden reward" in results["headline"][0] and [t["measure"] for t in results["tests"]] == ["init-sft"]
+    assert "too few for a judge" in results["headline"][0] and "no golden reward" in results["headline"][1]
+    assert [t["measure"] for t in results["tests"]] == ["init-sft"]
     assert next(iter(_manifest(tmp_path / "own"))) == "init"
     assert "is not shown" in (tmp_path / "own/report.html").read_text()
 

@@ -170,27 +170,36 @@ def reward(recipe: Recipe, run: Run) -> None:
 
 
 def bon(recipe: Recipe, run: Run) -> None:
-    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward selects."""
-    selector, n = recipe.reward.contrast, recipe.best_of_n.n or recipe.sampling.num_generations
+    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward selects, among as many
+    answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
+    selector, given = recipe.reward.contrast, recipe.best_of_n.n
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
+        from irlign.optimise.label_free import choice_of_n, judge_pool
         from irlign.reward.load import load_reward
 
-        pool = _pool(run, "sft", ("dev", "test"))
+        pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
         scores = {name: load_reward(run.path("rewards", name)).score(prompts, texts) for name in _rewards(recipe)}
-        rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]})
-        selected = select(rows, selector, n)
+        judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
+        rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
+        choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
+        selected = select(rows, selector, choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
-        return {"candidates": len(rows), "selected": len(selected)}
+        write_json(folder / "best_of_n/choice.json", choice)
+        say(f"bon: n = {choice['n']}, {choice['why']}")
+        return {"candidates": len(rows), "selected": len(selected), "n": choice["n"], "why": choice["why"]}
 
     run.do(
         "bon",
         build,
-        settings={"n": n, "selector": selector},
-        inputs=_inside("pools/sft.parquet", *(f"rewards/{name}" for name in _rewards(recipe))),
+        settings={"n": given, "selector": selector, "chat_template": recipe.data.chat_template},
+        inputs=_inside(
+            *("pools/sft.parquet", "pools/init.parquet", "data/dev.parquet", "policies/init"),
+            *(f"rewards/{name}" for name in _rewards(recipe)),
+        ),
         outputs=["best_of_n"],
     )
 

@@ -21,16 +21,24 @@ def write_report(root: Path, target: Path) -> None:
     rows = read_table(run.path("evaluation/prompts.parquet"))
     candidates = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "test"]
     golden, heldout, info = results["golden"], results["heldout"], results["run"]
-    last = results["curve"]["n"][-1]
+    last, choice = results["curve"]["n"][-1], results["choice"]
+    chosen = choice["n"]
     measure = golden or heldout["rewards"]
-    tiles = [("Initial policy", measure["initial"]), ("SFT", measure["sft"]), (f"Best-of-{last}", measure["best_of_n"][str(last)])]
+    tiles = [
+        ("Initial policy", measure["initial"]),
+        ("SFT", measure["sft"]),
+        (f"Best-of-{chosen}" if chosen > 1 else "Kept: SFT", measure["best_of_n"][str(chosen)]),
+    ]
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
     curves = {f"{name} (selects)" if name == info["contrast"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
     curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['contrast']} by its own measure": measure["best_of_n"]}
     context = {
         "run": info,
         "headline": results["headline"],
-        "verdict": _verdict(results, last),
+        "verdict": _verdict(results, chosen),
+        "chosen": chosen,
+        "choice": _choice(choice, heldout["judge"]),
+        "judged": {n: e for n, e in (heldout["judge"] or {}).items()},
         "tiles": [{"name": name, "e": e} for name, e in tiles],
         "measure_words": _measure_words(golden),
         "curve": results["curve"],
@@ -44,7 +52,7 @@ def write_report(root: Path, target: Path) -> None:
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
-        "sources": _source_rows(heldout),
+        "sources": _source_rows(heldout, chosen),
         "checks": _checks(heldout, info),
         "samples": _samples(rows, golden is not None),
         "samples_words": _samples_words(golden, len(rows)),
@@ -54,8 +62,8 @@ def write_report(root: Path, target: Path) -> None:
     _render("report.html", target, context)
 
 
-def _verdict(results: Mapping[str, Any], last: int) -> str:
-    test = _test(results, f"best_of_{last}", "sft")
+def _verdict(results: Mapping[str, Any], n: int) -> str:
+    test = _test(results, f"best_of_{n}", "sft")
     return "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
 
 
@@ -68,6 +76,18 @@ def _measure_words(golden: Mapping[str, Any] | None) -> str:
 def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
     what = "Golden value" if golden else "The trained reward"
     return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
+
+
+def _choice(choice: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
+    """How n was chosen, and by what."""
+    if choice["curve"] is None:
+        return f"n = {choice['n']}: {choice['why']}."
+    low = ", ".join(f"{n}: {of['mean']:+.2f} (at least {of['low']:+.2f})" for n, of in choice["curve"].items() if n != "1")
+    return (
+        f"n = {choice['n']}: {choice['why']}. The judge tells {choice['demonstrations']} dev demonstrations, which SFT and the reward never saw, "
+        f"from samples on the same prompts (AUC {choice['auc']:.2f} on prompts it was not fitted on). Its gains over n = 1 on "
+        f"{choice['prompts']} dev prompts, in standard deviations, with one-sided 95% bounds: {low}."
+    )
 
 
 def _gao(fit: Mapping[str, Any] | None, last: int) -> str:
@@ -90,9 +110,9 @@ def _length_caption(heldout: Mapping[str, Any], candidates: Sequence[Any]) -> st
     return f"Reward against length of {len(candidates):,} SFT answers, each minus its prompt's mean: {said}."
 
 
-def _source_rows(heldout: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _source_rows(heldout: Mapping[str, Any], chosen: int) -> list[dict[str, Any]]:
     rows = [
-        ("reward", {**heldout["rewards"], "best_of_n": list(heldout["rewards"]["best_of_n"].values())[-1]}, ".2f"),
+        ("reward", {**heldout["rewards"], "best_of_n": heldout["rewards"]["best_of_n"][str(chosen)]}, ".2f"),
         ("share finished", heldout["finished"], ".0%"),
         ("length in words", heldout["completion_length"], ".1f"),
         ("repeated trigrams in an answer", heldout["repetition"], ".1%"),
@@ -188,76 +208,101 @@ def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """One table over the runs in ROOT/seed-K: seeds.json and seeds.html; every seed shown. Returns what seeds.json holds."""
+    """One table over the runs in ROOT/seed-K: seeds.json and seeds.html; every seed shown. Returns what seeds.json holds.
+
+    `chosen` is Best-of-n at the n that each run chose.
+    """
     measure = "golden" if all(r["golden"] for r in results.values()) else "reward"
     rows = {seed: read_table(root / f"seed-{seed}/evaluation/prompts.parquet") for seed in results}
-    n = next(iter(results.values()))["curve"]["n"]
-    keys = [key for key in ("initial", "sft", "demonstrations", *(f"best_of_{k}" for k in n[1:]))]
+    n = [k for k in next(iter(results.values()))["curve"]["n"] if all(k in r["curve"]["n"] for r in results.values())]
+    columns = {key: [key] * len(results) for key in ("initial", "sft", "demonstrations", *(f"best_of_{k}" for k in n[1:]))}
+    columns["chosen"] = [f"best_of_{r['choice']['n']}" for r in results.values()]
     values = {
-        key: {seed: [row[f"{measure}/{key}"] for row in of if row[f"{measure}/{key}"] is not None] for seed, of in rows.items()}
-        for key in keys
+        key: [
+            [row[f"{measure}/{of}"] for row in rows[seed] if row[f"{measure}/{of}"] is not None]
+            for seed, of in zip(results, place, strict=True)
+        ]
+        for key, place in columns.items()
     }
-    keys = [key for key in keys if all(values[key].values())]
-    last = f"best_of_{n[-1]}"
-    pooled = {key: nested_estimate(list(values[key].values())).to_json() for key in keys}
+    keys, last = [key for key in columns if all(values[key])], f"best_of_{n[-1]}"
     gaps = {
-        f"{a} - {b}": nested_estimate([np.subtract(values[a][seed], values[b][seed]).tolist() for seed in results]).to_json()
-        for a, b in (("sft", "initial"), (last, "initial"), (last, "sft"))
-        if all(len(values[a][seed]) == len(values[b][seed]) for seed in results)
+        f"{a} - {b}": nested_estimate([np.subtract(x, y).tolist() for x, y in zip(values[a], values[b], strict=True)]).to_json()
+        for a, b in (("sft", "initial"), (last, "initial"), ("chosen", "sft"), (last, "sft"))
+        if all(len(x) == len(y) for x, y in zip(values[a], values[b], strict=True))
     }
-    gap = gaps[f"{last} - sft"]
-    table = [_seed_row(seed, r, {key: float(np.mean(values[key][seed])) for key in keys}, n[-1]) for seed, r in results.items()]
+    table = [
+        _seed_row(seed, r, {key: float(np.mean(values[key][i])) for key in keys}, n[-1]) for i, (seed, r) in enumerate(results.items())
+    ]
     name = results[next(iter(results))]["golden"]["name"] if measure == "golden" else "the trained reward"
-    found = {"measure": name, "seeds": table, "pooled": pooled, "differences": gaps, "headline": _seeds_headline(table, gap, n, measure)}
-    write_json(root / "seeds.json", found)
-    context = {
-        "name": root.name,
-        "rows": table,
-        "columns": keys,
-        "pooled": pooled,
-        "differences": gaps,
+    found = {
         "measure": name,
-        "headline": found["headline"],
-        "verdict": "better" if gap["ci95"][0] > 0 and measure == "golden" else "worse" if gap["ci95"][1] < 0 else "",
+        "seeds": table,
+        "pooled": {key: nested_estimate(values[key]).to_json() for key in keys},
+        "differences": gaps,
+        "regret": _regret(table) if measure == "golden" else None,
+        "headline": _seeds_headline(table, gaps, n[-1], measure),
     }
-    _render("seeds.html", root / "seeds.html", context)
+    write_json(root / "seeds.json", found)
+    low, high = gaps["chosen - sft"]["ci95"]
+    verdict = "better" if low > 0 and measure == "golden" else "worse" if high < 0 else ""
+    _render("seeds.html", root / "seeds.html", {"name": root.name, "columns": keys, "verdict": verdict, **found})
     return found
 
 
 def _seed_row(seed: int, results: Mapping[str, Any], means: Mapping[str, float], last: int) -> dict[str, Any]:
-    best = results["curve"]["best_n"]
-    test = _test(results, f"best_of_{last}", "sft")
+    """One seed: its means, the n it chose, the best n by golden, and both differences to SFT with their intervals."""
+    best, n = results["curve"]["best_n"], results["choice"]["n"]
     fall = _test(results, f"best_of_{last}", "sft" if best == 1 else f"best_of_{best}")
-    side = "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
-    difference = f"{test['mean_difference']:+.3f} [{test['ci95'][0]:.3f}, {test['ci95'][1]:.3f}]" if test else "–"
-    falls = fall is not None and fall["ci95"][1] < 0
-    return {"seed": seed, **means, "best_n": best, "over_optimised": falls, "difference": difference, "verdict": side}
+    oracle = _test(results, "best_of_oracle_n", "sft")
+    return {
+        "seed": seed,
+        **means,
+        "chosen_n": n,
+        "best_n": best,
+        "over_optimised": fall is not None and fall["ci95"][1] < 0,
+        "oracle_gain": oracle["mean_difference"] if oracle else None,
+        "chosen_gain": _side(_test(results, f"best_of_{n}", "sft")),
+        "last_gain": _side(_test(results, f"best_of_{last}", "sft")),
+    }
+
+
+def _side(test: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A difference in words and whether its interval lies above or below 0; none for SFT against itself."""
+    if test is None:
+        return {"text": "–", "verdict": "", "mean": 0.0}
+    verdict = "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
+    text = f"{test['mean_difference']:+.3f} [{test['ci95'][0]:.3f}, {test['ci95'][1]:.3f}]"
+    return {"text": text, "verdict": verdict, "mean": test["mean_difference"]}
+
+
+def _regret(table: Sequence[Mapping[str, Any]]) -> float | None:
+    """What the chosen n left of the oracle n's gain over SFT, summed over seeds (method.md section 8)."""
+    total = sum(row["oracle_gain"] for row in table)
+    return float(sum(row["oracle_gain"] - row["chosen_gain"]["mean"] for row in table) / total) if total > 0 else None
 
 
 def _test(results: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
     return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
 
 
-def _seeds_headline(table: Sequence[Mapping[str, Any]], gap: Mapping[str, Any], n: Sequence[int], measure: str) -> list[str]:
-    last, count = n[-1], len(table)
+def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any], last: int, measure: str) -> list[str]:
+    count = len(table)
     if measure != "golden":
-        return [f"{count} seeds without a golden reward: whether Best-of-{last} beats SFT is not shown."]
-    low, high = gap["ci95"]
-    words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
-    better, worse = (sum(row["verdict"] == side for row in table) for side in ("better", "worse"))
-    lines = [
-        f"Over {count} seeds, Best-of-{last} {words}: {gap['mean']:+.2f} [{low:.2f}, {high:.2f}].",
-        f"By seed: better in {better}, worse in {worse}, not shown in {count - better - worse}.",
-    ]
+        return [f"{count} seeds without a golden reward: whether Best-of-n beats SFT is not shown."]
+    lines = []
+    for what, key, name in (("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")):
+        mean, (low, high) = gaps[key]["mean"], gaps[key]["ci95"]
+        words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
+        better, worse = (sum(row[name]["verdict"] == side for row in table) for side in ("better", "worse"))
+        by_seed = f"by seed better in {better}, worse in {worse}, not shown in {count - better - worse}"
+        lines.append(f"Over {count} seeds, {what} {words}: {mean:+.2f} [{low:.2f}, {high:.2f}]; {by_seed}.".replace("The", "the"))
+    if (regret := _regret(table)) is not None:
+        lines.append(f"The choice of n without labels left {regret:.0%} of what the best n would have gained.")
     turned = [row for row in table if row["best_n"] != last]
     if turned:
         seen = ", ".join(f"seed {row['seed']}: n = {row['best_n']}" for row in turned)
-        fallen = [str(row["seed"]) for row in turned if row["over_optimised"]]
-        beyond = (
-            f"by more than the noise in seed {', '.join(fallen)}: the reward is over-optimised there"
-            if fallen
-            else "each time within the noise"
-        )
+        fallen = ", ".join(str(row["seed"]) for row in turned if row["over_optimised"])
+        beyond = f"by more than the noise in seed {fallen}: the reward is over-optimised there" if fallen else "each time within the noise"
         lines.append(f"Best-of-{last} lies below a smaller n in {len(turned)} of {count} ({seen}), {beyond}.")
     return lines
 

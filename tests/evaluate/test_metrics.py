@@ -73,7 +73,8 @@ def _results(golden, initial=0.0, reward=None):
     evaluation = Evaluation(first, pool, _group([], None, []), "r", SETTINGS, 0)
     truth = evaluation.golden("quality") if golden else None
     measured = evaluation.tests("golden" if golden else "r")
-    return {"golden": truth, "heldout": evaluation.heldout(), "tests": measured, "curve": evaluation.curve_info(truth)}
+    heldout = {**evaluation.heldout(), "judge": evaluation.judged()}
+    return {"golden": truth, "heldout": heldout, "tests": measured, "curve": evaluation.curve_info(truth), "choice": None}
 
 
 def test_the_headline_says_what_the_numbers_say():

@@ -49,18 +49,29 @@ class Group:
 
 
 class Evaluation:
-    """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by.
+    """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by, `chosen` the n it used
+    (None: the whole pool).
 
     `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty. Best-of-n values
     are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean of pi_SFT.
     """
 
-    def __init__(self, initial: Group, pool: Group, demonstrations: Group, selector: str, settings: EvaluationSettings, seed: int):
+    def __init__(
+        self,
+        initial: Group,
+        pool: Group,
+        demonstrations: Group,
+        selector: str,
+        settings: EvaluationSettings,
+        seed: int,
+        chosen: int | None = None,
+    ):
         self.groups = {"initial": initial, "sft": pool, "demonstrations": demonstrations}
         self.pool, self.selector, self.resamples, self.seed = pool, selector, settings.resamples, seed
         self.prompts = list(pool.by_prompt(pool.finished))
         self.largest = min(len(of) for of in pool.by_prompt(pool.finished).values())
-        self.n = statistics.powers_of_two(self.largest)
+        self.chosen = min(chosen or self.largest, self.largest)
+        self.n = sorted({*statistics.powers_of_two(self.largest), self.chosen})
 
     def estimate(self, values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
         """E of one value for each prompt, or None without values."""
@@ -116,9 +127,9 @@ class Evaluation:
         }
 
     def _with_best(self, values: Any, demonstrations: bool = True) -> dict[str, Any]:
-        """A quantity of each source and, as `best_of_n`, of the pick among the whole pool."""
+        """A quantity of each source and, as `best_of_n`, of the pick among the chosen n."""
         found = self._sources(values) | ({} if demonstrations else {"demonstrations": None})
-        best = self.curve(self.pool.rewards[self.selector], np.asarray(values("sft"), dtype=float))[:, -1]
+        best = self.curve(self.pool.rewards[self.selector], np.asarray(values("sft"), dtype=float))[:, self.n.index(self.chosen)]
         return {**found, "best_of_n": self.estimate(best)}
 
     def _auc(self, reward: str) -> dict[str, Any] | None:
@@ -133,10 +144,14 @@ class Evaluation:
         return self.estimate([value for value in found if value is not None])
 
     def _best(self) -> dict[str, int]:
-        """The row of the pool's pick for each prompt: finished first, then the reward, then the first drawn."""
+        """The row of the pick among each prompt's first `chosen` answers: finished first, then the reward, then the first drawn."""
         scores = self.pool.rewards[self.selector]
         picks: dict[str, int] = {}
+        seen: dict[str, int] = {}
         for i, p in enumerate(self.pool.prompt_ids):
+            seen[p] = seen.get(p, 0) + 1
+            if seen[p] > self.chosen:
+                continue
             rank = (bool(self.pool.finished[i]), scores[i])
             if p not in picks or rank > (bool(self.pool.finished[picks[p]]), scores[picks[p]]):
                 picks[p] = i
@@ -192,11 +207,14 @@ class Evaluation:
             curve = self.curve(self.pool.rewards[self.selector], self.pool.golden)
             sft, best, last = curve[:, 0], int(curve.mean(0).argmax()), f"best_of_{self.largest}"
             pairs += [(last, "sft", curve[:, -1], sft), ("best_of_oracle_n", "sft", statistics.oracle_n(curve, self.seed), sft)]
+            if 1 < self.chosen < self.largest:
+                pairs.append((f"best_of_{self.chosen}", "sft", curve[:, self.n.index(self.chosen)], sft))
             if 0 < best < len(self.n) - 1:
                 top = f"best_of_{self.n[best]}"
-                pairs += [(top, "sft", curve[:, best], sft), (last, top, curve[:, -1], curve[:, best])]
+                pairs += [(top, "sft", curve[:, best], sft)] if self.n[best] != self.chosen else []
+                pairs.append((last, top, curve[:, -1], curve[:, best]))
             for other in self.pool.rewards:
-                if other not in (self.selector, "length"):
+                if other not in (self.selector, "length", "judge"):
                     its = self.curve(self.pool.rewards[other], self.pool.golden)[:, -1]
                     pairs.append((last, f"{last}/{other}", curve[:, -1], its))
         options: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed}
@@ -214,6 +232,16 @@ class Evaluation:
             gao = fit_gao(curve_P_n, self.n, kl_n, resamples=self.resamples, seed=self.seed)
         bound = [statistics.kl_bound(n) for n in self.n]
         return {"n": self.n, "kl_bound": bound, "kl": kl_n.tolist(), "best_n": best, "gao": gao.to_json() if gao else None}
+
+    def judged(self) -> dict[str, Any] | None:
+        """What the label-free judge says of Best-of-n on the test prompts, where nothing was chosen: gains over n = 1 in standard
+        deviations of its logit; None without a judge.
+        """
+        if "judge" not in self.pool.rewards:
+            return None
+        judged = self.pool.rewards["judge"]
+        curve_P_n = self.curve(self.pool.rewards[self.selector], judged / (float(np.std(judged)) or 1.0))
+        return self.curve_json(curve_P_n - curve_P_n[:, :1])
 
     def kl(self) -> np.ndarray:
         """KL(Best-of-n || pi_SFT) in nats by the selecting reward, the mean over prompts. Shape [n]."""
@@ -237,38 +265,55 @@ def verdict(test: Mapping[str, Any]) -> str:
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
-    """The answer in a few sentences, as the numbers say it."""
-    n = results["curve"]["n"][-1]
-    golden = results["golden"]
+    """The answer in a few sentences, as the numbers say it: the chosen n first, then what the whole pool would have given."""
+    last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
+    n = choice["n"] if choice else last
+    how = ", n chosen without labels," if choice and choice["label_free"] == n else ""
+    kept = [f"SFT is kept: {choice['why'].removesuffix(', so SFT is kept')}."] if choice and n == 1 else []
     if golden is None:
-        auc, length = results["heldout"]["reward_auc"], results["heldout"]["length_auc"]
-        return [
-            f"There is no golden reward, so whether Best-of-{n} beats SFT is not shown here.",
-            f"On unseen prompts the reward puts SFT answers above initial ones in {auc['mean']:.0%} {_ci(auc['ci95'], '.0%')} of the pairs; "
-            f"length alone does in {length['mean']:.0%}. Read the samples before you trust it.",
-        ]
-    test = find_test(results, f"best_of_{n}", "sft")
-    assert test is not None
-    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {golden['name']}, over {test['prompts']} test prompts"
-    said = {
-        "better": f"Best-of-{n} beats SFT by {amount}.",
-        "worse": f"Best-of-{n} is worse than SFT: {amount}. Use the SFT policy, or a smaller n.",
-        "unclear": f"Best-of-{n} is not shown to beat SFT: {amount}.",
-    }[verdict(test)]
-    lines = [said]
+        return kept + _without_golden(results, n, how)
+    lines = kept + [_compared(results, k, how if k == n else "") for k in dict.fromkeys((n, last)) if k > 1]
     best = results["curve"]["best_n"]
-    top, last = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(n)]["mean"]
-    if top - last > 1e-9:  # a flat curve has its top anywhere
-        fall = find_test(results, f"best_of_{n}", "sft" if best == 1 else f"best_of_{best}")
+    top, end = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(last)]["mean"]
+    if top - end > 1e-9:  # a flat curve has its top anywhere
+        fall = find_test(results, f"best_of_{last}", "sft" if best == 1 else f"best_of_{best}")
         assert fall is not None
         lines.append(
-            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {n} ({last:.2f}): "
+            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {last} ({end:.2f}): "
             + ("past it the reward is over-optimised. " if verdict(fall) == "worse" else f"a fall within the noise {_ci(fall['ci95'])}. ")
             + "That n is seen with the golden reward only; nothing in the run chose it."
         )
     if (first := find_test(results, "sft", "initial")) is not None:
         words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
         lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
+    return lines
+
+
+def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
+    test = find_test(results, f"best_of_{n}", "sft")
+    assert test is not None
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
+    return {
+        "better": f"Best-of-{n}{how} beats SFT by {amount}.",
+        "worse": f"Best-of-{n}{how} is worse than SFT: {amount}. Use the SFT policy, or a smaller n.",
+        "unclear": f"Best-of-{n}{how} is not shown to beat SFT: {amount}.",
+    }[verdict(test)]
+
+
+def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
+    auc, length, judged = (results["heldout"][key] for key in ("reward_auc", "length_auc", "judge"))
+    what = f"Best-of-{n}{how} beats" if n > 1 else f"Best-of-{results['curve']['n'][-1]} would beat"
+    lines = [f"There is no golden reward, so whether {what} SFT is not shown here."]
+    if judged and n > 1:
+        gain = judged[str(n)]
+        lines.append(
+            f"A judge that tells held-out demonstrations from samples puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
+            f"deviations from SFT's, on {gain['prompts']} test prompts."
+        )
+    lines.append(
+        f"On unseen prompts the reward puts SFT answers above initial ones in {auc['mean']:.0%} {_ci(auc['ci95'], '.0%')} of the pairs; "
+        f"length alone does in {length['mean']:.0%}. Read the samples before you trust it."
+    )
     return lines
 
 

@@ -35,7 +35,8 @@ def measure(
         return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true)
 
     rows = _test_rows(run, "best_of_n/candidates.parquet")
-    stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE)}
+    stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"}
+    stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
     measured = Evaluation(
@@ -45,13 +46,20 @@ def measure(
         selector=selector,
         settings=settings,
         seed=run.seed,
+        chosen=(choice := read_json(run.path("best_of_n/choice.json")))["n"],
     )
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", selector, "reward.json"))
     nll = run.stages.get("sft", {}).get("notes", {}).get("dev_nll")
     results = {
         "golden": truth,
-        "heldout": {"reward": {key: about.get(key) for key in ABOUT}, **measured.heldout(), "demonstration_nll": nll},
+        "heldout": {
+            "reward": {key: about.get(key) for key in ABOUT},
+            **measured.heldout(),
+            "judge": measured.judged(),
+            "demonstration_nll": nll,
+        },
+        "choice": choice,
         "tests": measured.tests("golden" if golden else selector),
         "curve": measured.curve_info(truth),
         "run": dict(summary),

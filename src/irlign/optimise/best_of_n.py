@@ -19,7 +19,7 @@ from irlign.reward.contrasts import ended
 class BestOfNSettings(Settings):
     """Selection from the pool of pi_SFT on dev and test prompts."""
 
-    n: int | None = Field(None, ge=1, description="answers to choose among; null = sampling.num_generations (the whole pool)")
+    n: int | None = Field(None, ge=1, description="answers to choose among; null = chosen without labels on the dev prompts")
 
 
 def scored_text(sample: Sample) -> str:
@@ -27,10 +27,19 @@ def scored_text(sample: Sample) -> str:
     return ended(sample.completion, sample.finished)
 
 
-def candidate_rows(samples: Sequence[Sample], scores: Mapping[str, Sequence[float] | np.ndarray]) -> list[dict[str, Any]]:
-    """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward, nothing chosen yet."""
+def candidate_rows(
+    samples: Sequence[Sample], scores: Mapping[str, Sequence[float] | np.ndarray], judged: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward and the label-free judge's
+    logit as `judge` (null without one); nothing chosen yet.
+    """
     return [
-        {**sample.to_row(), **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()}} for i, sample in enumerate(samples)
+        {
+            **sample.to_row(),
+            **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()},
+            "judge": None if judged is None else float(judged[i]),
+        }
+        for i, sample in enumerate(samples)
     ]
 
 

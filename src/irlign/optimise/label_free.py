@@ -1,0 +1,139 @@
+"""The choice of n without labels: a judge of another kind than the reward that selects, on demonstrations that nothing has seen.
+
+The judge tells the dev demonstrations, which neither SFT nor the reward was trained on, from samples of pi_0 and pi_SFT on
+the same prompts: a ridge-regularised logistic head over frozen features of pi_0. It is cross-fitted over prompts, so it
+never judges an answer to a prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns
+down where the golden reward does (docs/measured.md); the n with the best lower confidence bound is taken, and n = 1, plain
+SFT, where no n is shown to be better.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from scipy.stats import norm
+
+from irlign.optimise.best_of_n import scored_text
+from irlign.records import SCORE, Demonstration, Prompt, Sample
+from irlign.reward.contrasts import ended
+from irlign.reward.features import LogisticHead, policy_features
+from irlign.statistics import auc, best_of_n, powers_of_two
+
+FOLDS, RIDGE = 5, 1e-4
+FEWEST = 20  # demonstrations: fewer make no judge
+SAMPLES = 16  # at most so many of a prompt's samples train the judge
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of one source: the prompt of each and its features, shape [rows, F]."""
+
+    prompt_ids: Sequence[str]
+    features: np.ndarray
+
+    def of(self, wanted: set[str]) -> np.ndarray:
+        """The features of the answers to the wanted prompts, at most SAMPLES of each."""
+        seen: dict[str, int] = {}
+        keep = []
+        for row, prompt_id in enumerate(self.prompt_ids):
+            seen[prompt_id] = seen.get(prompt_id, 0) + 1
+            if prompt_id in wanted and seen[prompt_id] <= SAMPLES:
+                keep.append(row)
+        return self.features[keep]
+
+
+def judge(answers: Answers, pool: Answers, initial: Answers, demonstrations: Answers) -> np.ndarray:
+    """The judge's logit of each of `answers`, higher is more like a demonstration. Shape [len(answers.prompt_ids)].
+
+    Answers to a prompt with a demonstration are judged by a head that was fitted on the other folds of prompts, all others
+    by a head fitted on all of them. The worse side is half pi_SFT, half pi_0, and weighs as much as the better.
+    """
+    prompts = sorted(set(demonstrations.prompt_ids))
+    fold = {prompt_id: place % FOLDS for place, prompt_id in enumerate(sorted(prompts, key=lambda p: crc32(p.encode())))}
+    scores = np.zeros(len(answers.prompt_ids))
+    rows = np.array([fold.get(prompt_id, FOLDS) for prompt_id in answers.prompt_ids])
+    for k in np.unique(rows):
+        known = {prompt_id for prompt_id in prompts if fold[prompt_id] != k}
+        scores[rows == k] = _fit(pool.of(known), initial.of(known), demonstrations.of(known))(answers.features[rows == k])
+    return scores
+
+
+def _fit(pool: np.ndarray, initial: np.ndarray, demonstrations: np.ndarray) -> LogisticHead:
+    sides = [(demonstrations, 1.0, 1), (pool, 0.5, 0), (initial, 0.5, 0)]
+    weight_B = np.concatenate([np.full(len(x), share / max(1, len(x))) for x, share, _ in sides])
+    better_B = np.concatenate([np.full(len(x), side) for x, _, side in sides])
+    return LogisticHead(np.concatenate([x for x, _, _ in sides]), better_B, weight_B, RIDGE)
+
+
+def judged_curve(
+    prompt_ids: Sequence[str], selecting: np.ndarray, judged: np.ndarray, finished: np.ndarray
+) -> tuple[list[int], np.ndarray]:
+    """n and each prompt's gain of Best-of-n over n = 1 by the judge, in standard deviations of its logit. Shape [P, n]."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt_id in enumerate(prompt_ids):
+        rows.setdefault(prompt_id, []).append(row)
+    n = powers_of_two(min(len(of) for of in rows.values()))  # n = 1 first
+    scale = float(np.std(judged)) or 1.0
+    curve = np.array([[best_of_n(selecting[of], judged[of] / scale, k, finished[of]) for k in n] for of in rows.values()])
+    return n, curve - curve[:, :1]
+
+
+def choose_n(n: Sequence[int], gains_P_n: np.ndarray) -> tuple[int, np.ndarray]:
+    """The n with the best one-sided 95 % lower bound of the mean gain, and all bounds, shape [n].
+
+    n = 1 unless that n's gain also holds at 5 % for all the n that were looked at together (Bonferroni).
+    """
+    mean_n, error_n = gains_P_n.mean(0), gains_P_n.std(0, ddof=1) / np.sqrt(len(gains_P_n))
+    low_n = mean_n - norm.ppf(0.95) * error_n
+    best = int(low_n.argmax())
+    together = mean_n[best] - norm.ppf(1 - 0.05 / max(1, len(n) - 1)) * error_n[best]
+    return (n[best] if together > 0 else 1), low_n
+
+
+def judge_pool(
+    policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
+) -> tuple[np.ndarray | None, float | None]:
+    """The judge's logit of every sample in the pool, by features of `policy`, and how well it tells unseen demonstrations from
+    pi_SFT's samples (AUC on the dev prompts). (None, None) with fewer than FEWEST demonstrations.
+    """
+    if len(demonstrations) < FEWEST:
+        return None, None
+    groups: list[list[tuple[Prompt, str]]] = [
+        [(s.prompt, scored_text(s)) for s in pool],
+        [(s.prompt, scored_text(s)) for s in initial],
+        [(d.prompt, ended(d.completion, True)) for d in demonstrations],
+    ]
+    rows = [row for group in groups for row in group]
+    features = policy_features(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
+    ends = np.cumsum([len(group) for group in groups])[:-1]
+    sides = [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
+    judged = judge(sides[0], *sides)
+    dev = {d.prompt.prompt_id for d in demonstrations}
+    unseen = judged[[p.prompt_id in dev for p, _ in groups[0]]]
+    return judged, auc(judge(sides[2], *sides), unseen)
+
+
+def choice_of_n(
+    rows: Sequence[Mapping[str, Any]], reward: str, given: int | None, *, demonstrations: int, judge_auc: float | None
+) -> dict[str, Any]:
+    """choice.json, from the candidates: the `n` that selection uses and `why`, `label_free` (the n that the judge would take, or
+    null), the judge's `curve` on dev (`{n: {"mean", "low"}}`, gains over n = 1 in standard deviations), its `auc`, and what it rests on.
+    """
+    dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
+    about: dict[str, Any] = {"label_free": None, "curve": None, "auc": judge_auc, "prompts": 0, "demonstrations": demonstrations}
+    if not dev:
+        why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so SFT is kept"
+        return {"n": given or 1, "why": "given by best_of_n.n" if given else why, **about}
+    selecting, judged = (np.array([row[key] for row in dev]) for key in (f"{SCORE}{reward}", "judge"))
+    finished = np.array([row["finish_reason"] != "length" for row in dev])
+    n, gains_P_n = judged_curve([row["prompt_id"] for row in dev], selecting, judged, finished)
+    chosen, low_n = choose_n(n, gains_P_n)
+    curve = {str(k): {"mean": float(m), "low": float(low)} for k, m, low in zip(n, gains_P_n.mean(0), low_n, strict=True)}
+    about |= {"label_free": chosen, "curve": curve, "prompts": len(gains_P_n)}
+    why = "the best lower bound of the judged gain" if chosen > 1 else "no larger n is shown to be better, so SFT is kept"
+    if given:
+        why = f"given by best_of_n.n; the judge would take {chosen}"
+    return {"n": given or chosen, "why": why, **about}

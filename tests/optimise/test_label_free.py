@@ -1,0 +1,107 @@
+"""The label-free choice of n on pools whose truth is known by construction."""
+
+import numpy as np
+import pytest
+
+from irlign.optimise.label_free import FEWEST, SAMPLES, Answers, choice_of_n, choose_n, judge, judge_pool, judged_curve
+
+
+def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 2.0):
+    """Answers with a quality, a spurious and four idle features. Demonstrations have high quality and no spurious feature; the
+    selecting reward sees quality plus `hacked` times the spurious one, whose tail a large n reaches.
+    """
+    rng = np.random.default_rng(seed)
+    ids = [f"p{i}" for i in range(prompts)]
+    pool_ids = [p for p in ids for _ in range(answers)]
+    quality, spurious = rng.normal(size=len(pool_ids)), rng.standard_exponential(len(pool_ids))
+    pool = np.column_stack([quality, spurious, rng.normal(size=(len(pool_ids), 4))])
+    initial = np.column_stack([rng.normal(size=prompts) - 1.5, rng.standard_exponential(prompts), rng.normal(size=(prompts, 4))])
+    demos = np.column_stack([rng.normal(size=prompts) + 1.0, 0.3 * rng.standard_exponential(prompts), rng.normal(size=(prompts, 4))])
+    sides = Answers(pool_ids, pool), Answers(ids, initial), Answers(ids, demos)
+    return sides, quality + hacked * spurious, quality - spurious
+
+
+def chosen(sides, selecting):
+    judged = judge(sides[0], *sides)
+    n, gains = judged_curve(sides[0].prompt_ids, selecting, judged, np.ones(len(judged), dtype=bool))
+    return choose_n(n, gains)[0]
+
+
+def test_an_honest_reward_is_followed_and_a_hacked_one_is_not():
+    for seed in range(5):
+        sides, hacked, _ = world(seed)
+        assert chosen(sides, hacked) == 1
+        sides, honest, _ = world(seed, hacked=-1.0)
+        assert chosen(sides, honest) == 16
+
+
+def test_a_random_reward_rarely_moves_the_choice():
+    """At 5% for all n together: 6 or more of 40 worlds would have a probability of 1%."""
+    moved = sum(chosen(world(seed)[0], np.random.default_rng(1000 + seed).normal(size=960)) > 1 for seed in range(40))
+    assert moved <= 5
+
+
+def test_the_judge_never_judges_a_prompt_it_was_fitted_on():
+    """A feature that names the prompt of each demonstration would be learned by heart; unseen, it says nothing."""
+    prompts = [f"p{i}" for i in range(40)]
+    names = np.eye(40)
+    demos, pool = Answers(prompts, np.hstack([names, np.ones((40, 1))])), Answers(prompts, np.hstack([names, np.zeros((40, 1))]))
+    clean = judge(pool, pool, pool, demos)
+    assert np.ptp(clean) < 0.5 * abs(clean.mean())
+    leaked = Answers(prompts, np.hstack([np.zeros_like(names), np.zeros((40, 1))]))
+    assert judge(leaked, pool, pool, demos) == pytest.approx(clean, abs=0.5 * abs(clean.mean()))
+
+
+def test_other_prompts_are_judged_by_all_demonstrations():
+    sides, _, quality = world(0)
+    others = Answers([f"q{p}" for p in sides[0].prompt_ids], sides[0].features)
+    assert np.corrcoef(judge(others, *sides), quality)[0, 1] > 0.8
+
+
+def test_the_choice_by_hand():
+    """Gains over three prompts: at n = 2 always 1, at n = 4 on average 2 with a standard deviation of 2."""
+    gains = np.array([[0, 1, 0], [0, 1, 2], [0, 1, 4.0]])
+    n, low = choose_n([1, 2, 4], gains)
+    assert n == 2 and low == pytest.approx([0, 1, 2 - 1.644854 * 2 / np.sqrt(3)], abs=1e-5)
+    assert choose_n([1, 2, 4], -gains)[0] == 1
+
+
+def test_the_curve_counts_gains_in_standard_deviations():
+    n, gains = judged_curve(["p", "p", "q", "q"], np.array([1, 2, 2, 1.0]), np.array([0, 2, 4, 2.0]), np.ones(4, dtype=bool))
+    assert n == [1, 2] and gains[:, 0] == pytest.approx([0, 0])
+    assert gains[:, 1] == pytest.approx(np.array([1, 1]) / np.std([0, 2, 4, 2]))
+
+
+def test_at_most_so_many_samples_of_a_prompt_train_the_judge():
+    answers = Answers(["p"] * 40 + ["q"] * 3, np.arange(43.0)[:, None])
+    assert answers.of({"p"})[:, 0].tolist() == list(range(SAMPLES)) and len(answers.of({"p", "q"})) == SAMPLES + 3
+
+
+def _rows(judged):
+    return [
+        {"split": split, "prompt_id": f"{split}{p}", "reward/r": float(i), "judge": judged(i), "finish_reason": "eos"}
+        for split in ("dev", "test")
+        for p in range(4)
+        for i in range(4)
+    ]
+
+
+def test_choice_json():
+    about = {"demonstrations": 30, "judge_auc": 0.8}
+    up = choice_of_n(_rows(float), "r", None, **about)
+    assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curve"]) == {"1", "2", "4"}
+    down = choice_of_n(_rows(lambda i: -float(i)), "r", None, **about)
+    assert down["n"] == 1 and "SFT is kept" in down["why"]
+    given = choice_of_n(_rows(lambda i: -float(i)), "r", 3, **about)
+    assert (given["n"], given["label_free"]) == (3, 1) and "the judge would take 1" in given["why"]
+    few = choice_of_n(_rows(lambda i: None), "r", None, demonstrations=3, judge_auc=None)
+    assert (few["n"], few["label_free"], few["curve"]) == (
+        1,
+        None,
+        None,
+    ) and f"3 held-out demonstrations are too few for a judge ({FEWEST}" in few["why"]
+    assert choice_of_n(_rows(lambda i: None), "r", 2, demonstrations=3, judge_auc=None)["n"] == 2
+
+
+def test_too_few_demonstrations_load_no_model(tmp_path):
+    assert judge_pool(tmp_path / "missing", [], [], [], chat_template="none") == (None, None)
