@@ -218,7 +218,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         results, rows = measure(run, selector, golden, name, recipe.evaluation, _summary(recipe, run))
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
-        for line in results["headline"]:
+        for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
             say(f"eval: {line}")
         return {"headline": results["headline"]}
 

@@ -54,6 +54,7 @@ def write_report(root: Path, target: Path) -> None:
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
         "sources": _source_rows(heldout, chosen),
         "checks": _checks(heldout, info),
+        "alarms": results["alarms"],
         "samples": _samples(rows, golden is not None),
         "samples_words": _samples_words(golden, len(rows)),
         "facts": _facts(run, info),

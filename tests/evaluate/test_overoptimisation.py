@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from irlign.evaluate.overoptimisation import fit_gao
+from irlign.evaluate.overoptimisation import alarms, fit_gao
 from irlign.statistics import kl_bound, powers_of_two
 
 N = powers_of_two(64)
@@ -50,3 +50,50 @@ def test_noise_is_not_explained():
 def test_two_points_make_no_curve():
     assert fit_gao(np.zeros((3, 2)), [1, 2], KL[:2]) is None
     assert fit_gao(np.zeros((3, 3)), [1, 2, 4], np.zeros(3)) is None
+
+
+def measured(mean, low=None, high=None):
+    return {"mean": mean, "ci95": [mean if low is None else low, mean if high is None else high], "prompts": 9}
+
+
+CALM = {
+    "demonstration_nll": {"initial": 2.0, "sft": 1.0},
+    "reward_auc": measured(0.8),
+    "distinct_answers": measured(0.9),
+    "length_correlation": measured(0.3),
+    "repetition_correlation": None,
+    "outlier_picks": measured(0.05),
+    "judge_correlation": measured(0.2),
+    "judge": {"1": measured(0.0), "2": measured(0.2), "4": measured(0.3)},
+}
+CHOICE = {"n": 4, "label_free": 4}
+
+
+def test_a_calm_run_raises_no_alarm():
+    assert alarms(CALM, CHOICE) == []
+    assert alarms({**CALM, "judge": None, "judge_correlation": None, "demonstration_nll": None}, {"n": 1, "label_free": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "choice"),
+    [
+        ("SFT did not move", {"demonstration_nll": {"initial": 1.0, "sft": 1.1}}, CHOICE),
+        ("the reward is at chance", {"reward_auc": measured(0.5, 0.48, 0.53)}, CHOICE),
+        ("the reward is saturated", {"reward_auc": measured(0.998, 0.995, 1.0)}, CHOICE),
+        ("the pool has no spread", {"distinct_answers": measured(0.1, 0.05, 0.15)}, CHOICE),
+        ("the reward follows length", {"length_correlation": measured(-0.7, -0.8, -0.6)}, CHOICE),
+        ("the reward follows repetition", {"repetition_correlation": measured(0.7, 0.6, 0.8)}, CHOICE),
+        ("picks are outliers", {"outlier_picks": measured(0.4, 0.3, 0.5)}, CHOICE),
+        ("the reward and the judge disagree", {"judge_correlation": measured(-0.2, -0.3, -0.1)}, CHOICE),
+        ("turns down", {"judge": {"1": measured(0.0), "2": measured(0.3), "4": measured(0.1, 0.0, 0.2)}}, {"n": 2, "label_free": 2}),
+        ("n is larger", {}, {"n": 4, "label_free": 2}),
+    ],
+)
+def test_each_alarm_by_what_it_looks_at(name, changed, choice):
+    found = alarms({**CALM, **changed}, choice)
+    assert len(found) == 1 and name in found[0]["name"] and found[0]["seen"] and found[0]["do"]
+
+
+@pytest.mark.parametrize("changed", [{"length_correlation": measured(0.6, 0.4, 0.8)}, {"reward_auc": measured(0.5, 0.4, 0.6)}])
+def test_an_interval_that_reaches_back_raises_none(changed):
+    assert alarms({**CALM, **changed}, CHOICE) == []

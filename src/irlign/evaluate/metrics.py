@@ -24,13 +24,17 @@ class EvaluationSettings(Settings):
 
 @dataclass(frozen=True)
 class Group:
-    """The answers of one source for the test prompts, row for row with their scores; `golden` may be missing."""
+    """The answers of one source for the test prompts, row for row with their scores; `golden` may be missing.
+
+    `likelihood` is the log-probability a token under the policy that drew them, where one did.
+    """
 
     prompt_ids: Sequence[str]
     texts: Sequence[str]
     finished: np.ndarray
     rewards: Mapping[str, np.ndarray]
     golden: np.ndarray | None = None
+    likelihood: np.ndarray | None = None
 
     def by_prompt(self, values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
         """The values of each prompt's answers, prompts in the order of first appearance."""
@@ -119,7 +123,23 @@ class Evaluation:
             "distinct_2": self._distinct(),
             "length_correlation": self._correlation(scores, words["sft"]),
             "repetition_correlation": self._correlation(scores, repeated["sft"]),
+            "judge_correlation": self._correlation(scores, self.pool.rewards["judge"]) if "judge" in self.pool.rewards else None,
+            "distinct_answers": self.estimate([len(set(of)) / len(of) for of in self._pool_texts().values()]),
+            "outlier_picks": self.estimate(self._outliers()),
         }
+
+    def _pool_texts(self) -> dict[str, list[str]]:
+        texts: dict[str, list[str]] = {}
+        for prompt_id, text in zip(self.pool.prompt_ids, self.pool.texts, strict=True):
+            texts.setdefault(prompt_id, []).append(text)
+        return texts
+
+    def _outliers(self) -> list[float]:
+        """For each prompt whether its pick lies two standard deviations below its pool in log-probability a token."""
+        if self.pool.likelihood is None:
+            return [0.0] * len(self.prompts)
+        pools, picks = self.pool.by_prompt(self.pool.likelihood), self._best()
+        return [float(self.pool.likelihood[picks[p]] < pools[p].mean() - 2 * pools[p].std()) for p in self.prompts]
 
     def _sources(self, values: Any) -> dict[str, Any]:
         return {
@@ -246,9 +266,7 @@ class Evaluation:
     def kl(self) -> np.ndarray:
         """KL(Best-of-n || pi_SFT) in nats by the selecting reward, the mean over prompts. Shape [n]."""
         keys, done = (self.pool.by_prompt(v) for v in (self.pool.rewards[self.selector], self.pool.finished))
-        texts: dict[str, list[str]] = {}
-        for prompt_id, text in zip(self.pool.prompt_ids, self.pool.texts, strict=True):
-            texts.setdefault(prompt_id, []).append(text)
+        texts = self._pool_texts()
         ranks = {p: statistics.rank_keys(keys[p], done[p]) for p in self.prompts}
         return np.array([np.mean([statistics.best_of_n_kl(texts[p], ranks[p], n) for p in self.prompts]) for n in self.n])
 

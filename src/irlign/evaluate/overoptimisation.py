@@ -1,8 +1,9 @@
-"""Where more samples make the answer worse: Gao's law fitted to a Best-of-n curve, and the peak that it predicts.
+"""Where more samples make the answer worse: Gao's law fitted to a Best-of-n curve, the peak that it predicts, and alarms.
 
-Source: arXiv 2210.10760, `R_bon(d) = d (alpha - beta d)` with `d = sqrt(KL(Best-of-n || policy))` (method.md section 4).
+Source of the law: arXiv 2210.10760, `R_bon(d) = d (alpha - beta d)` with `d = sqrt(KL(Best-of-n || policy))` (method.md section 4).
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,3 +56,65 @@ def _peak(alpha: float, beta: float, d: np.ndarray, n: list[int]) -> float:
     ends = max((0.0, float(d[-1])), key=lambda x: x * (alpha - beta * x))
     top = alpha / (2 * beta) if beta > 0 and 0 <= alpha / (2 * beta) <= d[-1] else ends
     return float(np.exp(np.interp(top, d, np.log(n))))
+
+
+FOLLOWS, OUTLIERS, SPREAD, CHANCE, SATURATED = 0.5, 0.2, 0.2, 0.55, 0.99  # where an alarm goes off
+
+
+def alarms(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What a user should look at before trusting the result, each `{"name", "seen", "do"}`; none needs a golden reward.
+
+    Measures are of the test prompts; an alarm goes off where the whole 95 % interval lies past its threshold.
+    """
+    found = [*_weak_links(heldout, choice), *_hacking(heldout, choice)]
+    return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
+
+
+def _weak_links(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Weak alignment, and which link is weak (SFT, reward, pool)."""
+    nll, auc, distinct = heldout["demonstration_nll"], heldout["reward_auc"], heldout["distinct_answers"]
+    if nll and nll["initial"] is not None and nll["sft"] >= nll["initial"]:
+        seen = f"the loss on unseen demonstrations did not fall: {nll['initial']:.3f} before SFT, {nll['sft']:.3f} after"
+        yield (
+            "SFT did not move toward the demonstrator",
+            seen,
+            "train SFT longer or with another learning rate, or check the data with `irlign validate`",
+        )
+    if auc and auc["ci95"][1] < CHANCE:
+        seen = f"on unseen prompts the reward tells SFT's answers from initial ones in {auc['mean']:.0%} of the pairs"
+        yield "the reward is at chance", seen, "draw more sampling.train_generations, train it longer, or move SFT further"
+    if auc and auc["ci95"][0] > SATURATED:
+        seen = f"on unseen prompts the reward tells SFT's answers from initial ones in {auc['mean']:.1%} of the pairs"
+        yield "the reward is saturated", seen, "read what separates them: an ending, a format; it may see nothing finer"
+    if distinct["ci95"][1] < SPREAD:
+        seen = f"only {distinct['mean']:.0%} of a prompt's answers differ"
+        yield "the pool has no spread", seen, "raise sampling.temperature or top_p, or train SFT less: there is little to choose from"
+
+
+def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What selection by a wrong reward looks like."""
+    for what in ("length", "repetition"):
+        e = heldout[f"{what}_correlation"]
+        if e and (e["ci95"][0] > FOLLOWS or e["ci95"][1] < -FOLLOWS):
+            seen = f"its rank correlation with {what} within a prompt is {e['mean']:+.2f}"
+            yield (
+                f"the reward follows {what}",
+                seen,
+                f"compare the picks with the control; keep reward.ending=match, and judge {what} by eye",
+            )
+    outliers, agreement, judged = (heldout[key] for key in ("outlier_picks", "judge_correlation", "judge"))
+    if outliers["ci95"][0] > OUTLIERS:
+        seen = f"{outliers['mean']:.0%} of the picks lie two standard deviations below their pool in log-probability a token"
+        yield "picks are outliers under SFT", seen, "lower best_of_n.n: the reward picks what SFT hardly ever says"
+    if agreement and agreement["ci95"][1] < 0:
+        seen = f"within a prompt its rank correlation with the judge of held-out demonstrations is {agreement['mean']:+.2f}"
+        yield "the reward and the judge disagree", seen, "try another reward.contrast, or keep SFT"
+    if judged:
+        top = max(judged, key=lambda n: judged[n]["mean"])
+        last = list(judged)[-1]
+        if judged[last]["ci95"][1] < judged[top]["mean"] and int(last) > choice["n"]:
+            seen = f"by the judge the gain is {judged[top]['mean']:+.2f} sd at n = {top} and {judged[last]['mean']:+.2f} at n = {last}"
+            yield "the held-out curve turns down", seen, f"n = {choice['n']} is used; a larger best_of_n.n would be over-optimised"
+    if choice["label_free"] is not None and choice["n"] > choice["label_free"]:
+        seen = f"best_of_n.n={choice['n']} was given, and the judge would take {choice['label_free']}"
+        yield "n is larger than the judge would take", seen, "leave best_of_n.n out, or read the curve before you publish"

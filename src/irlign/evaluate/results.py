@@ -7,6 +7,7 @@ import numpy as np
 
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
+from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
@@ -25,14 +26,20 @@ def measure(
     """
     reward = load_reward(run.path("rewards", selector))
 
-    def group(prompts: Sequence[Prompt], raw: Sequence[str], done: Sequence[bool], scores: Mapping[str, Any] | None = None) -> Group:
+    def group(
+        prompts: Sequence[Prompt],
+        raw: Sequence[str],
+        done: Sequence[bool],
+        scores: Mapping[str, Any] | None = None,
+        likelihood: np.ndarray | None = None,
+    ) -> Group:
         contents = [p.content for p in prompts]
         seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
         if scores is None:
             scores = {selector: reward.score(contents, seen) if contents else [], "length": [len(text) for text in seen]}
         rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
         true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
-        return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true)
+        return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
 
     rows = _test_rows(run, "best_of_n/candidates.parquet")
     stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"}
@@ -41,7 +48,13 @@ def measure(
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
     measured = Evaluation(
         initial=group([s.prompt for s in initial], [s.completion for s in initial], [s.finished for s in initial]),
-        pool=group([s.prompt for s in pool], [s.completion for s in pool], [s.finished for s in pool], stored),
+        pool=group(
+            [s.prompt for s in pool],
+            [s.completion for s in pool],
+            [s.finished for s in pool],
+            stored,
+            np.array([s.logprob / max(1, s.tokens) for s in pool]),
+        ),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
         settings=settings,
@@ -51,14 +64,16 @@ def measure(
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", selector, "reward.json"))
     nll = run.stages.get("sft", {}).get("notes", {}).get("dev_nll")
+    heldout = {
+        "reward": {key: about.get(key) for key in ABOUT},
+        **measured.heldout(),
+        "judge": measured.judged(),
+        "demonstration_nll": nll,
+    }
     results = {
         "golden": truth,
-        "heldout": {
-            "reward": {key: about.get(key) for key in ABOUT},
-            **measured.heldout(),
-            "judge": measured.judged(),
-            "demonstration_nll": nll,
-        },
+        "heldout": heldout,
+        "alarms": alarms(heldout, choice),
         "choice": choice,
         "tests": measured.tests("golden" if golden else selector),
         "curve": measured.curve_info(truth),
