@@ -133,8 +133,8 @@ def reward(recipe: Recipe, run: Run) -> None:
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls, require_pairs
-        from irlign.reward.publish import publish_classifier, publish_log_ratio
-        from irlign.reward.train import train_reward
+        from irlign.reward.ensemble import train_ensemble
+        from irlign.reward.publish import publish_log_ratio, publish_reward
 
         match, hashes = settings.ending == "match", run.input_hashes(inputs)
         better, worse = _answers(recipe, run, "train")
@@ -146,7 +146,7 @@ def reward(recipe: Recipe, run: Run) -> None:
         say(f"reward: length alone tells {controls['length_accuracy']:.0%} of them apart ({controls['length_accuracy_raw']:.0%} as drawn), "
             f"the ending {controls['ending_accuracy']:.0%} (finished or not, as drawn: {controls['finished_accuracy_raw']:.0%})")  # fmt: skip
         guard_leak(controls, settings.max_leak_accuracy, len(pairs))
-        log = train_reward(
+        log = train_ensemble(
             run.path("policies", settings.backbone) if own else Path(settings.backbone),
             pairs,
             dev,
@@ -158,9 +158,8 @@ def reward(recipe: Recipe, run: Run) -> None:
             report_to=recipe.report_to,
         )
         about = {"name": settings.contrast, "contrast": settings.contrast, "loss": settings.loss, "ending": settings.ending,
-                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"],
-                 "training": {key: log[key] for key in ("steps", "loss", "losses")}, "inputs": hashes}  # fmt: skip
-        publish_classifier(folder / "rewards" / settings.contrast, about, __version__)
+                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, "inputs": hashes}  # fmt: skip
+        publish_reward(folder / "rewards" / settings.contrast, {**about, **log}, __version__)
         if settings.log_ratio:
             publish_log_ratio(folder / "rewards/log-ratio", hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}

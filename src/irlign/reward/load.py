@@ -4,10 +4,11 @@ from pathlib import Path
 
 from irlign.errors import ModelError
 from irlign.files import read_json
+from irlign.reward.ensemble import Ensemble
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier, RewardModel
 
-KINDS = {"classifier": Classifier, "log-ratio": LogRatio}
+KINDS = {"classifier": Classifier, "ensemble": Ensemble, "log-ratio": LogRatio}
 
 
 def load_reward(path: str | Path) -> RewardModel:

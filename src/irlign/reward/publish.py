@@ -21,19 +21,23 @@ with the `{loss}` loss on {pairs} pairs; accuracy on unseen pairs {accuracy}. Th
 import irlign
 irlign.load_reward("this folder").score(["a prompt"], ["an answer"])
 ```
-`AutoModelForSequenceClassification` loads it too; the text is the prompt in the chat template `{template}`, the answer, then EOS.
+{loads}; the text is the prompt in the chat template `{template}`, the answer, then EOS.
 
 Limits: it has learned what tells two sets of answers apart, and that includes style. Best-of-N under it can pass the
 point where more is worse: read the curve in the run's report.
 """
 
 
-def publish_classifier(folder: Path, about: Mapping[str, Any], version: str) -> None:
-    """reward.json and README.md beside a saved classifier."""
-    write_json(folder / "reward.json", {"kind": "classifier", **about})
-    dev = about["dev"]
+def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None:
+    """reward.json and README.md beside a saved classifier or ensemble, as `about["kind"]` says."""
+    write_json(folder / "reward.json", about)
+    dev, members = about["dev"], about.get("members")
+    loads = "`AutoModelForSequenceClassification` loads it too"
+    if members:
+        loads = f"{len(members)} members by their {about['aggregate']}; `AutoModelForSequenceClassification` loads each of them too"
     text = CARD.format(
         name=about["name"],
+        loads=loads,
         version=version,
         contrast=about["contrast"],
         loss=about["loss"],

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from irlign.data.chat import Encoded, context_length, pad
 from irlign.records import Contrast
-from irlign.reward.model import Classifier
+from irlign.reward.model import Classifier, RewardModel
 from irlign.reward.objectives import LOSSES
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
 
@@ -22,6 +22,9 @@ class RewardSettings(TrainerSettings):
     backbone: str = Field("sft", description="what the reward model starts from: sft, init, or a checkpoint's folder or Hub id")
     ending: Literal["match", "keep"] = Field("match", description="match: one ending rule and one length a pair; keep: as drawn")
     max_leak_accuracy: float = Field(0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart")
+    members: int = Field(1, ge=1, le=64, description="rewards trained on different samples with different seeds; 1 is no ensemble")
+    aggregate: Literal["mean", "min", "mean-variance", "weight-average"] = Field("mean", description="how members become one reward")
+    variance_penalty: float = Field(0.5, ge=0, description="lambda of mean-variance: mean - lambda * variance over the members")
     log_ratio: bool = Field(True, description="also publish the training-free reward log pi_SFT - log pi_0, as the baseline")
 
 
@@ -36,13 +39,15 @@ def train_reward(
     checkpoints: Path,
     seed: int,
     report_to: str,
+    head_seed: int | None = None,
 ) -> dict[str, Any]:
     """Train a classifier on the pairs and save it in `folder`. Returns steps, losses, and on the dev pairs TRL's
-    `accuracy` and `margin`. A row of the Trainer is a pair; both losses see the same batches.
+    `accuracy` and `margin`. A row of the Trainer is a pair; both losses see the same batches. `head_seed` (by default `seed`)
+    is what the fresh head is drawn from.
     """
     from transformers import Trainer, set_seed
 
-    set_seed(seed)
+    set_seed(seed if head_seed is None else head_seed)
     reward = Classifier.start(backbone, chat_template, settings.contrast)
     better, worse = _encode(reward, train)
     parameters = sum(p.numel() for p in reward.model.parameters())
@@ -68,13 +73,18 @@ def train_reward(
     return {**log, "pairs": {"train": len(train), "dev": len(dev)}, "dev": accuracy_and_margin(reward, dev)}
 
 
-def accuracy_and_margin(reward: Classifier, pairs: Sequence[Contrast]) -> dict[str, float] | None:
+def fold_of_pairs(pairs: Sequence[Contrast], member: int, members: int) -> list[Contrast]:
+    """The pairs of one member: all but every `members`-th, so that no two see the same samples; all of them for one member."""
+    return [pair for i, pair in enumerate(pairs) if members == 1 or i % members != member]
+
+
+def accuracy_and_margin(reward: RewardModel, pairs: Sequence[Contrast]) -> dict[str, float] | None:
     """Share of pairs whose better answer scores higher (a tie counts half), and the mean difference; None without pairs."""
     if not pairs:
         return None
-    better, worse = _encode(reward, pairs)
-    scores = reward.score_rows([*better, *worse])
-    margin = scores[: len(better)] - scores[len(better) :]
+    contents = [p.prompt.content for p in pairs]
+    scores = reward.score([*contents, *contents], [*(p.better for p in pairs), *(p.worse for p in pairs)])
+    margin = scores[: len(pairs)] - scores[len(pairs) :]
     return {"accuracy": float(np.mean((margin > 0) + 0.5 * (margin == 0))), "margin": float(margin.mean())}
 
 
