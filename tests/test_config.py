@@ -33,8 +33,8 @@ def test_a_recipe_and_its_overrides(tmp_path):
 
 
 def test_a_bare_key_finds_its_one_section(tmp_path):
-    recipe = _load("world: dialogue\n", tmp_path, "num_generations=3", "world.style=0.5", "--sft.use_peft")
-    assert recipe.sampling.num_generations == 3 and recipe.world.style == 0.5 and recipe.sft.use_peft
+    recipe = _load("world: dialogue\n", tmp_path, "num_generations=3", "world.heterogeneity=0.5", "--sft.use_peft")
+    assert recipe.sampling.num_generations == 3 and recipe.world.heterogeneity == 0.5 and recipe.sft.use_peft
     assert "stands in 3 sections" in _error("world: dialogue\n", tmp_path, "learning_rate=1")
 
 
@@ -71,7 +71,7 @@ def test_a_model_or_a_dataset_switches_the_world_off():
 
 
 def test_the_resolved_recipe_reads_back(tmp_path):
-    recipe = load_recipe(Recipe, {"world": {"style": 0.25}}, ["seeds=0..2", "sampling.stop=['\\n\\nHuman:']", "report_to=none"])
+    recipe = load_recipe(Recipe, {"world": {"heterogeneity": 0.25}}, ["seeds=0..2", "sampling.stop=['\\n\\nHuman:']", "report_to=none"])
     (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(Recipe, tmp_path / "again.yaml") == recipe and recipe.sampling.stop == ["\\n\\nHuman:"]
 

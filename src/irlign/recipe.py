@@ -16,8 +16,10 @@ from irlign.reward.train import RewardSettings
 from irlign.runs import RECIPE
 from irlign.sampling.engine import SamplingSettings
 from irlign.worlds.dialogue import DialogueWorld
+from irlign.worlds.world import World
 
-WORLDS = {"dialogue": DialogueWorld}
+AnyWorld = DialogueWorld
+WORLDS: dict[str, type[World]] = {"dialogue": DialogueWorld}
 
 
 class Recipe(Settings):
@@ -29,7 +31,7 @@ class Recipe(Settings):
     eval_dataset_name: str | None = Field(None, description="held-out demonstrations or prompts: they become the test split")
     prompt_dataset_name: str | None = Field(None, description="further prompts without answers, for the pools of the reward")
     preference_dataset_name: str | None = Field(None, description="chosen/rejected pairs, for reward.contrast=preference")
-    world: DialogueWorld | None = Field(None, description="a seeded world with a known true reward; a model or dataset switches it off")
+    world: AnyWorld | None = Field(None, description="a seeded world with a known true reward; a model or dataset switches it off")
     output_dir: str = Field("runs/run", description="the run directory")
     seed: int = Field(0, ge=0, description="the one seed of the run")
     seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
@@ -51,9 +53,9 @@ class Recipe(Settings):
     @classmethod
     def _world(cls, value: Any) -> Any:
         value = {"name": value} if isinstance(value, str) else value
-        name = value.get("name", "dialogue") if isinstance(value, Mapping) else "dialogue"
-        if name not in WORLDS:
-            raise ValueError(f"no world {name!r}; known: {', '.join(WORLDS)}")
+        value = {"name": "dialogue", **value} if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and value["name"] not in WORLDS:
+            raise ValueError(f"no world {value['name']!r}; known: {', '.join(WORLDS)}")
         return value
 
     @model_validator(mode="after")

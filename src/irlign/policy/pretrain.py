@@ -19,6 +19,7 @@ from irlign.machine import versions
 from irlign.policy.load import Policy, save_policy
 from irlign.policy.sft import collate
 from irlign.progress import say
+from irlign.records import PromptContent
 from irlign.training import TrainerSettings, fit, training_arguments
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class PretrainSettings(TrainerSettings):
 
 
 def pretrain(
-    corpus: Sequence[tuple[str, str]],
+    corpus: Sequence[tuple[PromptContent, str]],
     vocabulary: Iterable[str],
     settings: PretrainSettings,
     *,
@@ -75,7 +76,7 @@ def pretrain(
 
 
 def _train(
-    corpus: Sequence[tuple[str, str]],
+    corpus: Sequence[tuple[PromptContent, str]],
     words: Sequence[str],
     settings: PretrainSettings,
     folder: Path,
