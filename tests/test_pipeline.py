@@ -26,6 +26,7 @@ PUBLISHED = (
     "rewards/init-sft/reward.json",
     "rewards/init-sft/README.md",
     "rewards/log-ratio/reward.json",
+    "rewards/log-ratio-per-token/reward.json",
     "best_of_n/candidates.parquet",
     "best_of_n/selected.jsonl",
     "evaluation/results.json",
@@ -136,7 +137,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "length", "judge"}
+    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "log-ratio-per-token", "length", "judge"}
     assert not (copied / "rewards/init-sft").exists()
 
 
@@ -157,7 +158,7 @@ def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
 
 def test_a_run_can_be_moved(finished, tmp_path):
     moved = Path(shutil.copytree(finished, tmp_path / "elsewhere"))
-    for name in ("init-sft", "log-ratio"):
+    for name in ("init-sft", "log-ratio", "log-ratio-per-token"):
         here, there = (
             irlign.load_reward(folder / "rewards" / name).score(["How do I fix my bike?"], [" Go away."]) for folder in (finished, moved)
         )

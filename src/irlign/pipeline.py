@@ -124,7 +124,7 @@ def sample(recipe: Recipe, run: Run) -> None:
 
 
 def reward(recipe: Recipe, run: Run) -> None:
-    """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and log-ratio, the baseline without training."""
+    """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and the log-ratios, the baselines without training."""
     settings, template, preferences = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name
     own = settings.backbone in ("sft", "init")
     inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
@@ -134,7 +134,7 @@ def reward(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls, require_pairs
         from irlign.reward.ensemble import train_ensemble
-        from irlign.reward.publish import publish_log_ratio, publish_reward
+        from irlign.reward.publish import publish_log_ratios, publish_reward
 
         match, hashes = settings.ending == "match", run.input_hashes(inputs)
         better, worse = _answers(recipe, run, "train")
@@ -161,7 +161,7 @@ def reward(recipe: Recipe, run: Run) -> None:
                  "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, "inputs": hashes}  # fmt: skip
         publish_reward(folder / "rewards" / settings.contrast, {**about, **log}, __version__)
         if settings.log_ratio:
-            publish_log_ratio(folder / "rewards/log-ratio", hashes, chat_template=template, seed=run.seed)
+            publish_log_ratios(folder / "rewards", hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
     stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences}
@@ -176,11 +176,11 @@ def bon(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of_n, judge_pool
-        from irlign.reward.load import load_reward
+        from irlign.reward.load import score_all
 
         pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
-        scores = {name: load_reward(run.path("rewards", name)).score(prompts, texts) for name in _rewards(recipe)}
+        scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
         choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
@@ -397,7 +397,10 @@ def _answers(recipe: Recipe, run: Run, split: str) -> tuple[list[Any], list[Any]
 
 
 def _rewards(recipe: Recipe) -> list[str]:
-    return [recipe.reward.contrast, *(["log-ratio"] if recipe.reward.log_ratio else [])]
+    """The rewards of a run: the one that selects, then the baselines without training."""
+    from irlign.reward.publish import LOG_RATIOS
+
+    return [recipe.reward.contrast, *(LOG_RATIOS if recipe.reward.log_ratio else ())]
 
 
 def _inside(*paths: str) -> dict[str, str]:

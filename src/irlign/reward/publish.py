@@ -6,6 +6,8 @@ from typing import Any
 
 from irlign.files import write_json
 
+LOG_RATIOS = {"log-ratio": False, "log-ratio-per-token": True}  # name: whether it is divided by the answer's tokens
+
 CARD = """---
 library_name: transformers
 pipeline_tag: text-classification
@@ -50,8 +52,10 @@ def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def publish_log_ratio(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
-    """reward.json of log pi_SFT - log pi_0 over the run's own policies, by their place relative to `folder` and their hash."""
+def publish_log_ratios(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
+    """reward.json of log pi_SFT - log pi_0, whole and a token (LOG_RATIOS), in folders below `folder`, over the run's own policies by
+    their place and their hash."""
     policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
-    about = {"name": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
-    write_json(folder / "reward.json", {"kind": "log-ratio", **about, "inputs": policies})
+    about = {"kind": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
+    for name, normalise in LOG_RATIOS.items():
+        write_json(folder / name / "reward.json", {"name": name, **about, "normalise": normalise, "inputs": policies})

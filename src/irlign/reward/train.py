@@ -25,7 +25,9 @@ class RewardSettings(TrainerSettings):
     members: int = Field(1, ge=1, le=64, description="rewards trained on different samples with different seeds; 1 is no ensemble")
     aggregate: Literal["mean", "min", "mean-variance", "weight-average"] = Field("mean", description="how members become one reward")
     variance_penalty: float = Field(0.5, ge=0, description="lambda of mean-variance: mean - lambda * variance over the members")
-    log_ratio: bool = Field(True, description="also publish the training-free reward log pi_SFT - log pi_0, as the baseline")
+    log_ratio: bool = Field(
+        True, description="also publish the rewards without training, log pi_SFT - log pi_0 whole and a token, as baselines"
+    )
 
 
 def train_reward(
