@@ -16,7 +16,7 @@ from irlign.reward.learn import train_reward_of
 from irlign.reward.load import load_reward
 from irlign.reward.model import Classifier
 from irlign.reward.objectives import LOSSES
-from irlign.reward.train import RewardSettings, fit_classifier, fold_of_pairs, fold_weights
+from irlign.reward.train import RewardSettings, accuracy_and_margin, fit_classifier, fold_of_pairs, fold_weights
 
 PAIRS = [
     Contrast(Prompt.of(f"the {a} and a {b}", "train"), f" the red {b} {v}.", f" the blue {b} {v}.")
@@ -110,8 +110,11 @@ def test_a_row_that_weighs_nothing_trains_nothing(policy, tmp_path):
 
 def test_an_adapter_trains_heads_too(policy, tmp_path):
     pytest.importorskip("peft")
-    about = train(policy, tmp_path, use_peft=True, lora_r=4, lora_alpha=8, learning_rate=2e-2, aggregate="min")
-    assert about["dev"]["accuracy"] > 0.8 and len(set(SharedHeads.load(tmp_path / "reward", about).member_scores(*ASK)[:, 0])) == 3
+    about = train(policy, tmp_path, use_peft=True, lora_r=4, lora_alpha=8, learning_rate=1e-2, aggregate="min")
+    assert not list((tmp_path / "reward").glob("adapter*"))
+    reward = load_reward(tmp_path / "reward")
+    assert len(set(reward.member_scores(*ASK)[:, 0])) == 3
+    assert accuracy_and_margin(reward, PAIRS[1::2]) == pytest.approx(about["dev"], abs=1e-3) and about["dev"]["margin"] > 0.1
 
 
 def test_lost_heads_are_named(policy, tmp_path):
