@@ -11,6 +11,7 @@ import irlign
 from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
 from irlign.pipeline import run, run_stage, score, validate
+from irlign.reward import features
 
 PUBLISHED = (
     "recipe.yaml",
@@ -26,6 +27,7 @@ PUBLISHED = (
     "rewards/init-sft/reward.json",
     "rewards/init-sft/README.md",
     "rewards/log-ratio/reward.json",
+    "rewards/log-ratio-per-token/reward.json",
     "best_of_n/candidates.parquet",
     "best_of_n/selected.jsonl",
     "evaluation/results.json",
@@ -136,8 +138,38 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "length", "judge"}
+    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "log-ratio-per-token", "length", "judge"}
     assert not (copied / "rewards/init-sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "kind"),
+    [
+        ({"kind": "features", "head": "mlp", "backbone": "init", "members": 2, "aggregate": "min"}, "init-sft", "features"),
+        ({"kind": "heads", "members": 3, "aggregate": "mean-variance"}, "init-sft", "heads"),
+        ({"mixture": {"init-sft": 1, "init-demo": 0.5}}, "mixture", "classifier"),
+        ({"ensemble": ["init-sft", "init-demo", "sft-demo"], "aggregate": "min", "kind": "features"}, "ensemble", "ensemble"),
+    ],
+)
+def test_every_kind_of_reward_goes_through_and_moves_with_the_run(copied, tmp_path, settings, name, kind):
+    results = run(small_recipe(copied, reward=settings))
+    assert results["heldout"]["reward"]["kind"] == kind and results["run"]["contrast"] == name
+    assert {name, "log-ratio", "log-ratio-per-token", "length"} <= set(results["golden"]["rewards"])
+    rows = [row for row in read_table(copied / "best_of_n/candidates.parquet") if row["finish_reason"] == "eos"][:5]
+    stored = [row[f"reward/{name}"] for row in rows]
+    moved = Path(shutil.move(copied, tmp_path / "moved"))
+    scores = irlign.load_reward(moved / "rewards" / name).score([r["prompt"] for r in rows], [r["completion"].rstrip() for r in rows])
+    assert scores == pytest.approx(stored, abs=1e-4) and name in (moved / "rewards" / name / "README.md").read_text()
+
+
+def test_another_head_reuses_the_stored_features(copied, monkeypatch):
+    run(small_recipe(copied, reward={"kind": "features"}))
+    before = (copied / "rewards/init-sft/features.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "policy_features", lambda *a, **k: pytest.fail("computed again"))
+        run_stage("reward", small_recipe(copied, reward={"kind": "features", "head": "mlp"}))
+    assert (copied / "rewards/init-sft/features.safetensors").read_bytes() == before
+    assert json.loads((copied / "rewards/init-sft/reward.json").read_text())["head"] == "mlp"
 
 
 def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
@@ -157,7 +189,7 @@ def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
 
 def test_a_run_can_be_moved(finished, tmp_path):
     moved = Path(shutil.copytree(finished, tmp_path / "elsewhere"))
-    for name in ("init-sft", "log-ratio"):
+    for name in ("init-sft", "log-ratio", "log-ratio-per-token"):
         here, there = (
             irlign.load_reward(folder / "rewards" / name).score(["How do I fix my bike?"], [" Go away."]) for folder in (finished, moved)
         )

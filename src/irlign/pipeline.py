@@ -124,44 +124,46 @@ def sample(recipe: Recipe, run: Run) -> None:
 
 
 def reward(recipe: Recipe, run: Run) -> None:
-    """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and log-ratio, the baseline without training."""
+    """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and the log-ratios, the baselines without training."""
     settings, template, preferences = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name
-    own = settings.backbone in ("sft", "init")
+    own_policy = settings.backbone in ("sft", "init")
     inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
-    inputs |= {} if own else {"backbone": settings.backbone}
+    inputs |= {} if own_policy else {"backbone": settings.backbone}
     inputs |= {"preference_dataset_name": preferences} if preferences else {}
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.reward.contrasts import build_contrasts, guard_leak, leak_controls, raw_controls, require_pairs
-        from irlign.reward.ensemble import train_ensemble
-        from irlign.reward.publish import publish_log_ratio, publish_reward
+        from irlign.reward.contrasts import contrast_pairs, guard_leak, leak_controls
+        from irlign.reward.learn import train_reward_of
+        from irlign.reward.publish import publish_log_ratios, publish_reward
 
         match, hashes = settings.ending == "match", run.input_hashes(inputs)
-        better, worse = _answers(recipe, run, "train")
-        pairs, left_out = build_contrasts(better, worse, match=match)
-        require_pairs(pairs)
-        dev = build_contrasts(*_answers(recipe, run, "dev"), match=match)[0]
-        controls = {**leak_controls(pairs), **raw_controls(better, worse)}
-        say(f"reward: {len(pairs)} pairs, left out: {', '.join(f'{n} {what}'.replace('_', ' ') for what, n in left_out.items())}")
+        pairs, left_out, controls = contrast_pairs(_answers(recipe, run, "train"), match=match)
+        dev, _, _ = contrast_pairs(_answers(recipe, run, "dev"), match=match, needed=False)
+        count = sum(map(len, pairs.values()))
+        say(f"reward: {count} pairs, left out: {', '.join(f'{n} {what}'.replace('_', ' ') for what, n in left_out.items())}")
         say(f"reward: length alone tells {controls['length_accuracy']:.0%} of them apart ({controls['length_accuracy_raw']:.0%} as drawn), "
             f"the ending {controls['ending_accuracy']:.0%} (finished or not, as drawn: {controls['finished_accuracy_raw']:.0%})")  # fmt: skip
-        guard_leak(controls, settings.max_leak_accuracy, len(pairs))
-        log = train_ensemble(
-            run.path("policies", settings.backbone) if own else Path(settings.backbone),
+        for own in pairs.values():
+            guard_leak(leak_controls(own), settings.max_leak_accuracy, len(own))
+        backbone = run.path("policies", settings.backbone) if own_policy else Path(settings.backbone)
+        target = folder / "rewards" / settings.name
+        log = train_reward_of(
+            settings,
+            backbone,
             pairs,
             dev,
-            settings,
-            chat_template=template,
-            folder=folder / "rewards" / settings.contrast,
+            folder=target,
             checkpoints=folder / "checkpoints",
+            chat_template=template,
             seed=run.seed,
             report_to=recipe.report_to,
+            features=_known_features(run, backbone, template) if settings.kind == "features" else None,
+            encoder=f"../../policies/{settings.backbone}" if own_policy else None,
         )
-        about = {"name": settings.contrast, "contrast": settings.contrast, "loss": settings.loss, "ending": settings.ending,
-                 "chat_template": template, "seed": run.seed, "controls": controls, "left_out": left_out, "inputs": hashes}  # fmt: skip
-        publish_reward(folder / "rewards" / settings.contrast, {**about, **log}, __version__)
+        about = {"ending": settings.ending, "controls": controls, "left_out": left_out, "inputs": hashes}
+        publish_reward(target, {**log, **about}, __version__)
         if settings.log_ratio:
-            publish_log_ratio(folder / "rewards/log-ratio", hashes, chat_template=template, seed=run.seed)
+            publish_log_ratios(folder / "rewards", hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
     stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences}
@@ -171,16 +173,16 @@ def reward(recipe: Recipe, run: Run) -> None:
 def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward selects, among as many
     answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
-    selector, given = recipe.reward.contrast, recipe.best_of_n.n
+    selector, given = recipe.reward.name, recipe.best_of_n.n
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of_n, judge_pool
-        from irlign.reward.load import load_reward
+        from irlign.reward.load import score_all
 
         pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
-        scores = {name: load_reward(run.path("rewards", name)).score(prompts, texts) for name in _rewards(recipe)}
+        scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
         choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
@@ -205,7 +207,7 @@ def bon(recipe: Recipe, run: Run) -> None:
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
-    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.contrast
+    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.name
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
     def build(folder: Path) -> dict[str, Any]:
@@ -383,21 +385,35 @@ def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
     run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
 
 
-def _answers(recipe: Recipe, run: Run, split: str) -> tuple[list[Any], list[Any]]:
-    """Both sides of the recipe's contrast on one split. Preferences are split by prompt like everything else."""
+def _answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Both sides of every contrast of the recipe on one split. Preferences are split by prompt like everything else."""
     from irlign.data.demonstrations import load_preferences, preferences_of
     from irlign.reward.contrasts import answers_of
 
     preferences: list[Any] = []
-    if recipe.preference_dataset_name and recipe.reward.contrast == "preference":
+    if recipe.preference_dataset_name and "preference" in recipe.reward.weights:
         held = {s: {p.prompt_id for p in _prompts(run) if p.split == s} for s in SPLITS}
         preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
     pools = {name: _pool(run, name, (split,)) for name in ("init", "sft")}
-    return answers_of(recipe.reward.contrast, **pools, demonstrations=_demonstrations(run, split), preferences=preferences)
+    demonstrations = _demonstrations(run, split)
+    return {c: answers_of(c, **pools, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}
+
+
+def _known_features(run: Run, backbone: Path, template: str) -> Any:
+    """The frozen features of the backbone, with what an earlier reward of this run has stored of them."""
+    from irlign.reward.features import Features
+
+    features = Features(backbone, template)
+    for stored in sorted(run.path("rewards").glob("*/features.safetensors")):
+        features.take(stored)
+    return features
 
 
 def _rewards(recipe: Recipe) -> list[str]:
-    return [recipe.reward.contrast, *(["log-ratio"] if recipe.reward.log_ratio else [])]
+    """The rewards of a run: the one that selects, then the baselines without training."""
+    from irlign.reward.publish import LOG_RATIOS
+
+    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else ())]
 
 
 def _inside(*paths: str) -> dict[str, str]:
@@ -432,7 +448,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "sft_model": recipe.sft_model_name_or_path,
         "dataset": recipe.dataset_name,
         "world": recipe.world.name if recipe.world else None,
-        "contrast": recipe.reward.contrast,
+        "contrast": recipe.reward.name,
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,
         **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},

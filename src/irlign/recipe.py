@@ -65,7 +65,7 @@ class Recipe(Settings):
         if self.world is None and not (self.model_name_or_path and self.dataset_name):
             missing = "dataset_name" if self.model_name_or_path else "model_name_or_path"
             raise ValueError(f"{missing} is missing: give model_name_or_path and dataset_name, or world=dialogue for the embedded default")
-        if self.reward.contrast == "preference" and not self.preference_dataset_name:
+        if "preference" in self.reward.weights and not self.preference_dataset_name:
             raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
         if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")

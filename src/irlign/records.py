@@ -135,11 +135,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contrast:
-    """One training row of a reward model: for one prompt, a better and a worse answer (method.md section 3)."""
+    """One training row of a reward model: for one prompt, a better and a worse answer (method.md section 3); `weight` multiplies
+    its loss, relative to the other rows.
+    """
 
     prompt: Prompt
     better: str
     worse: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from irlign.data.chat import Format, pad
 from irlign.errors import ModelError
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
+from irlign.reward import log_ratio
 from irlign.reward import model as reward_model
-from irlign.reward.load import load_reward
+from irlign.reward.load import load_reward, score_all
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier
+from irlign.reward.publish import LOG_RATIOS, publish_log_ratios
 
 PROMPTS = ["the cat", "The red bird sang on the mat.", "a", "the dog ran home and", "now", "home", "a blue dog", "the bird"]
 COMPLETIONS = [
@@ -152,6 +154,26 @@ def test_the_log_ratio_is_the_difference_of_two_log_likelihoods(tmp_path):
     assert scores == pytest.approx(expected, abs=1e-9) and np.abs(scores).min() > 1e-3
     swapped = LogRatio(tmp_path / "policies/init", tmp_path / "policies/sft", "none")
     assert swapped.score(PROMPTS, COMPLETIONS) == pytest.approx(-expected, abs=1e-9)
+
+
+def test_a_log_ratio_a_token_shares_the_pass_of_the_whole_one(tmp_path, monkeypatch):
+    for seed, side in enumerate(("init", "sft")):
+        make_tiny_policy(tmp_path / "policies" / side, seed)
+    hashes = {f"policies/{side}": {"sha256": "-"} for side in ("sft", "init")}
+    publish_log_ratios(tmp_path / "rewards", hashes, chat_template="none", seed=0)
+    folders = {name: tmp_path / "rewards" / name for name in LOG_RATIOS}
+    alone = {name: load_reward(folder).score(PROMPTS, COMPLETIONS) for name, folder in folders.items()}
+    tokens = [
+        len(row.completion_ids)
+        for row in Format(load_policy(str(tmp_path / "policies/sft")).tokenizer, "none").encode(PROMPTS, COMPLETIONS)
+    ]
+    assert tokens[:4] == [3, 5, 13, 1]  # " sat.": sat, the full stop, EOS; the empty answer is EOS alone
+    assert alone["log-ratio-per-token"] == pytest.approx(alone["log-ratio"] / tokens)
+    loaded = []
+    monkeypatch.setattr(log_ratio, "load_policy", lambda folder, name: loaded.append(name) or load_policy(folder, name))
+    together = score_all(folders, PROMPTS, COMPLETIONS)
+    assert loaded == ["sft", "init"]
+    assert {name: list(of) for name, of in together.items()} == {name: pytest.approx(of) for name, of in alone.items()}
 
 
 def test_what_is_no_reward_is_refused(published, tmp_path):

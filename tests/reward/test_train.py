@@ -98,10 +98,14 @@ def test_the_first_logged_loss_is_the_loss(policy, tmp_path):
 
 
 def test_the_collated_batch_by_hand():
-    batch = _collate([{"input_ids": [1, 5, 2], "worse_ids": [1, 2]}, {"input_ids": [1, 2], "worse_ids": [1, 6, 7, 2]}], 3)
+    rows = [
+        {"input_ids": [1, 5, 2], "worse_ids": [1, 2], "weights": [2.0]},
+        {"input_ids": [1, 2], "worse_ids": [1, 6, 7, 2], "weights": [0.5]},
+    ]
+    batch = _collate(rows, 3)
     assert batch["input_ids"].tolist() == [[1, 5, 2, 3], [1, 2, 3, 3], [1, 2, 3, 3], [1, 6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert batch["labels"].tolist() == [1, 1, 0, 0]
+    assert batch["labels"].tolist() == [[2.0], [0.5], [2.0], [0.5]]
 
 
 def test_no_dev_pairs_and_ties(policy, tmp_path):

@@ -5,7 +5,9 @@ answer that was cut at the limit is shortened to its last whole sentence, all an
 `data/chat.py`), and within each pair the longer answer is cut at the sentence end nearest the other's length.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,35 @@ def _matched(pair: Contrast) -> Contrast:
     if len(pair.better) > len(pair.worse):
         return Contrast(pair.prompt, match_length(pair.better, len(pair.worse)), pair.worse)
     return Contrast(pair.prompt, pair.better, match_length(pair.worse, len(pair.better)))
+
+
+def contrast_pairs(
+    answers: Mapping[str, tuple[Sequence[Answer], Sequence[Answer]]], *, match: bool, needed: bool = True
+) -> tuple[dict[str, list[Contrast]], dict[str, int], dict[str, float]]:
+    """The pairs of each contrast; beside them what was left out, and what length and ending alone reach, over all of them together.
+
+    `answers` holds the better and the worse side by contrast. Raises DataError where a contrast has no pair and one is `needed`;
+    otherwise nothing is controlled.
+    """
+    pairs: dict[str, list[Contrast]] = {}
+    left_out: Counter[str] = Counter()
+    for contrast, (better, worse) in answers.items():
+        pairs[contrast], missing = build_contrasts(better, worse, match=match)
+        left_out.update(missing)
+        if needed:
+            require_pairs(pairs[contrast])
+    if not needed:
+        return pairs, dict(left_out), {}
+    sides = ([answer for both in answers.values() for answer in both[side]] for side in (0, 1))
+    return pairs, dict(left_out), {**leak_controls([pair for of in pairs.values() for pair in of]), **raw_controls(*sides)}
+
+
+def weighted(pairs: Mapping[str, Sequence[Contrast]], weights: Mapping[str, float]) -> list[Contrast]:
+    """The pairs of several contrasts in one list, each with its contrast's weight over the mean weight of all rows, so that a
+    learning rate means the same for every mixture; contrasts without a weight are left out."""
+    chosen = [(pair, weight) for contrast, weight in weights.items() if weight > 0 for pair in pairs.get(contrast, ())]
+    mean = sum(weight for _, weight in chosen) / max(1, len(chosen))
+    return [replace(pair, weight=weight / mean) for pair, weight in chosen]
 
 
 def threshold_accuracy(better: Sequence[float], worse: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ Members of one contrast err together, so an ensemble softens over-optimisation a
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,35 @@ def combine(scores_K_B: np.ndarray, aggregate: str, penalty: float) -> np.ndarra
 
 
 class Ensemble:
-    """`RewardModel` over members, one in memory at a time."""
+    """`RewardModel` over members, one in memory at a time.
 
-    def __init__(self, members: Sequence[Path], loader: Any, aggregate: str, penalty: float, name: str):
+    `scales` [K, 2] holds each member's mean and standard deviation where members of different contrasts are standardised before
+    they are combined (reward/learn.py); None where they share a contrast and so a scale.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Path],
+        loader: Callable[[Path], RewardModel],
+        aggregate: str,
+        penalty: float,
+        name: str,
+        scales: np.ndarray | None = None,
+    ):
         self.members, self.loader, self.aggregate, self.penalty, self.name = list(members), loader, aggregate, penalty, name
+        self.scales = scales
 
     @classmethod
-    def load(cls, folder: Path, reward: dict[str, Any]) -> "Ensemble":
-        """The ensemble published in `rewards/NAME`: its members are classifiers in folders of their own."""
-
-        def loader(member: Path) -> RewardModel:
-            return Classifier.load(member, {"chat_template": reward["chat_template"], "name": f"{reward['name']} {member.name}"})
-
-        members = [folder / name for name in reward["members"]]
-        return cls(members, loader, reward["aggregate"], reward["variance_penalty"], reward["name"])
+    def load(cls, folder: Path, reward: dict[str, Any], loader: Callable[[Path], RewardModel]) -> "Ensemble":
+        """The ensemble published in `rewards/NAME`: its members are rewards in folders of their own, which `loader` reads."""
+        members, scales = [folder / name for name in reward["members"]], reward.get("scales")
+        shape = (reward["aggregate"], reward["variance_penalty"], reward["name"])
+        return cls(members, loader, *shape, None if scales is None else np.array(scales))
 
     def member_scores(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
-        """Every member's reward. Shape [K, len(prompts)]."""
-        return np.stack([self.loader(member).score(prompts, completions) for member in self.members])
+        """Every member's reward, standardised where there are scales. Shape [K, len(prompts)]."""
+        scores_K_B = np.stack([self.loader(member).score(prompts, completions) for member in self.members])
+        return scores_K_B if self.scales is None else (scores_K_B - self.scales[:, :1]) / (self.scales[:, 1:] + 1e-12)
 
     def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         """Shape [len(prompts)]."""
@@ -90,9 +101,9 @@ def train_ensemble(
             write_json(folder / name / LOG, train_reward(backbone, own, dev, settings, head_seed=head_seed, **places, **options))
         logs.append(read_json(folder / name / LOG))
     count = {"train": len(pairs), "dev": len(dev)}
-    about = {"chat_template": chat_template, "name": settings.contrast}
+    about = {"kind": "classifier", "chat_template": chat_template, "name": settings.name}
     if settings.aggregate == "weight-average":
-        average_weights([folder / name for name in names], folder, chat_template, settings.contrast)
+        average_weights([folder / name for name in names], folder, chat_template, settings.name)
         for name in names:
             shutil.rmtree(folder / name)
         return {
@@ -101,7 +112,9 @@ def train_ensemble(
             **_about(logs, count, accuracy_and_margin(Classifier.load(folder, about), dev)),
         }
     shape = {"members": names, "aggregate": settings.aggregate, "variance_penalty": settings.variance_penalty}
-    ensemble = Ensemble.load(folder, {**about, **shape})
+    for name in names:
+        write_json(folder / name / "reward.json", {**about, "name": f"{settings.name} {name}"})
+    ensemble = Ensemble.load(folder, {**about, **shape}, lambda member: Classifier.load(member, about))
     return {"kind": "ensemble", **shape, **_about(logs, count, accuracy_and_margin(ensemble, dev))}
 
 

@@ -1,14 +1,19 @@
-"""Frozen features of a policy, and a logistic head on them: what a few dozen answers are enough to train."""
+"""Frozen features of a policy or of any encoder, each computed once, and a logistic head on them: a few dozen answers train it."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from irlign.data.chat import Format, length_sorted_batches, pad
-from irlign.policy.load import load_policy
+from irlign.data.chat import Format, context_length, length_sorted_batches, pad
+from irlign.errors import ModelError
+from irlign.files import hash_path, replacing
+from irlign.policy.load import device, load_config, load_policy, load_tokenizer
 from irlign.progress import Progress
-from irlign.records import PromptContent
+from irlign.records import PromptContent, prompt_identity
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32768  # padded tokens a batch
 
@@ -35,6 +40,108 @@ def policy_features(
                 found[i] = torch.cat([answer_T_H.mean(0), answer_T_H[-1]]).cpu().numpy()
             bar.advance(len(batch))
     return found
+
+
+def encoder_features(encoder: Path | str, prompts: Sequence[PromptContent], completions: Sequence[str], *, name: str) -> np.ndarray:
+    """Each answer as an encoder (`AutoModel`) reads it beside its prompt: the last hidden state, averaged over the answer's tokens
+    and over all tokens. Shape [len(prompts), 2H], float32. A conversation is its turns as plain text; a pair past the context loses
+    the end of its longer side. Raises ModelError where the encoder cannot be loaded.
+    """
+    import torch
+
+    tokenizer, model = _load_encoder(str(encoder))
+    texts = [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
+    limit = min(tokenizer.model_max_length, context_length(model.config))
+    rows = tokenizer(texts, list(completions), truncation="longest_first", max_length=limit)
+    fills = {key: tokenizer.pad_token_id or 0 if key == "input_ids" else 0 for key in rows if key != "attention_mask"}
+    found = np.zeros((len(texts), 2 * int(model.config.get_text_config().hidden_size)), dtype=np.float32)
+    budget = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
+    with torch.inference_mode(), Progress(f"features {name}", len(texts), "answers") as bar:
+        for batch in length_sorted_batches([len(ids) for ids in rows["input_ids"]], budget):
+            _, mask_B_T = pad([rows["input_ids"][i] for i in batch], 0)
+            given = {key: pad([rows[key][i] for i in batch], fill)[0].to(model.device) for key, fill in fills.items()}
+            hidden_B_T_H = model(**given, attention_mask=mask_B_T.to(model.device)).last_hidden_state.float()
+            for row, i in enumerate(batch):
+                state_T_H, sides = hidden_B_T_H[row, : len(rows["input_ids"][i])], rows.sequence_ids(i)
+                answer = [t for t, side in enumerate(sides) if side == 1] or [len(sides) - 1]  # an empty answer: the last token
+                found[i] = torch.cat([state_T_H[answer].mean(0), state_T_H.mean(0)]).cpu().numpy()
+            bar.advance(len(batch))
+    return found
+
+
+def _load_encoder(path: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModel
+
+    tokenizer = load_tokenizer(path)
+    try:
+        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ModelError(f"the encoder cannot be loaded: {line}", where=path, do="see reward.backbone") from error
+    return tokenizer, (model.get_encoder() if model.config.is_encoder_decoder else model).to(device()).eval()
+
+
+def is_policy(path: Path | str) -> bool:
+    """Whether a checkpoint is a causal language model (or an adapter of one), by its configuration."""
+    names = load_config(str(path)).architectures or []
+    return Path(path, "adapter_config.json").is_file() or any("CausalLM" in name or "LMHead" in name for name in names)
+
+
+class Features:
+    """The features of answers under one frozen checkpoint, each computed once: `features(prompts, completions)`, shape [B, F].
+
+    A policy reads them in its own format (`policy_features`), any other checkpoint as plain text (`encoder_features`). What was
+    computed is kept, and `save` and `take` carry it from one reward, or one run of a stage, to the next.
+    """
+
+    def __init__(self, checkpoint: Path | str, chat_template: str, name: str = "features"):
+        self.checkpoint, self.chat_template, self.name = checkpoint, chat_template, name
+        self.known: dict[str, np.ndarray] = {}
+
+    def __call__(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        keys = [_answer_identity(p, c) for p, c in zip(prompts, completions, strict=True)]
+        missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.values())
+        if missing:
+            wanted: tuple[list[Any], list[str]] = ([prompts[i] for i in missing], [completions[i] for i in missing])
+            if is_policy(self.checkpoint):
+                found = policy_features(Path(self.checkpoint), *wanted, chat_template=self.chat_template, name=self.name)
+            else:
+                found = encoder_features(self.checkpoint, *wanted, name=self.name)
+            self.known |= {keys[i]: row for i, row in zip(missing, found, strict=True)}
+        return np.stack([self.known[key] for key in keys])
+
+    def identity(self) -> str:
+        """What the features depend on besides the answers: the checkpoint's content (its name on the Hub) and the template."""
+        place = Path(self.checkpoint)
+        return json.dumps([hash_path(place) if place.is_dir() else str(place), self.chat_template])
+
+    def save(self, path: Path, prompts: Sequence[PromptContent], completions: Sequence[str]) -> None:
+        """The features of these answers as safetensors: `features` [N, F], `answers` [N, 16] (the bytes of a hash), beside `identity`."""
+        from safetensors.numpy import save_file
+
+        keys = sorted({_answer_identity(p, c) for p, c in zip(prompts, completions, strict=True)})
+        answers = np.array([list(bytes.fromhex(key)) for key in keys], dtype=np.uint8)
+        with replacing(path) as temporary:
+            save_file(
+                {"features": np.stack([self.known[key] for key in keys]), "answers": answers}, temporary, {"identity": self.identity()}
+            )
+
+    def take(self, path: Path) -> bool:
+        """Take over what `save` stored, where the same checkpoint made it. Returns whether it did."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("identity") != self.identity():
+                return False
+            answers, features = file.get_tensor("answers"), file.get_tensor("features")
+        self.known |= {bytes(key).hex(): row for key, row in zip(answers, features, strict=True)}
+        return True
+
+
+def _answer_identity(prompt: PromptContent, completion: str) -> str:
+    """32 hex digits that name an answer to a prompt."""
+    return hashlib.sha256(f"{prompt_identity(prompt)}\n{completion}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class LogisticHead:
@@ -64,3 +171,14 @@ class LogisticHead:
     def __call__(self, x_B_F: np.ndarray) -> np.ndarray:
         """Logits, better is high. Shape [B]."""
         return ((x_B_F - self.mean_F) / self.scale_F) @ self.weight_F + self.bias
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The head as named arrays; `of` reads them back."""
+        return {"mean": self.mean_F, "scale": self.scale_F, "weight": self.weight_F, "bias": np.array([self.bias])}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> "LogisticHead":
+        head = cls.__new__(cls)
+        head.mean_F, head.scale_F, head.weight_F = (arrays[name] for name in ("mean", "scale", "weight"))
+        head.bias = float(arrays["bias"][0])
+        return head

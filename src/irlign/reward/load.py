@@ -1,14 +1,28 @@
-"""A published reward, whatever its kind, from its folder."""
+"""A published reward, whatever its kind, from its folder; several of them at once on the same answers."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from irlign.errors import ModelError
 from irlign.files import read_json
+from irlign.records import PromptContent
 from irlign.reward.ensemble import Ensemble
+from irlign.reward.feature_reward import FeatureReward
+from irlign.reward.features import Features
+from irlign.reward.heads import SharedHeads
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier, RewardModel
 
-KINDS = {"classifier": Classifier, "ensemble": Ensemble, "log-ratio": LogRatio}
+KINDS: dict[str, Callable[[Path, dict[str, Any]], RewardModel]] = {
+    "classifier": Classifier.load,
+    "heads": SharedHeads.load,
+    "features": FeatureReward.load,
+    "ensemble": lambda folder, reward: Ensemble.load(folder, reward, member_loader()),
+    "log-ratio": LogRatio.load,
+}
 
 
 def load_reward(path: str | Path) -> RewardModel:
@@ -22,4 +36,34 @@ def load_reward(path: str | Path) -> RewardModel:
     reward = read_json(folder / "reward.json")
     if reward.get("kind") not in KINDS:
         raise ModelError(f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}")
-    return KINDS[reward["kind"]].load(folder, reward)  # type: ignore[attr-defined]
+    return KINDS[reward["kind"]](folder, reward)
+
+
+def member_loader(features: Features | None = None) -> Callable[[Path], RewardModel]:
+    """`load_reward` for the members of an ensemble: those on frozen features, which have one backbone, share what is computed."""
+    shared = features
+
+    def loader(member: Path) -> RewardModel:
+        nonlocal shared
+        reward = load_reward(member)
+        if isinstance(reward, FeatureReward):
+            shared = reward.features = shared or reward.features
+        return reward
+
+    return loader
+
+
+def score_all(folders: Mapping[str, Path], prompts: Sequence[PromptContent], completions: Sequence[str]) -> dict[str, np.ndarray]:
+    """The scores of every reward by its name, each of shape [len(prompts)]; rewards are in memory one after the other, and
+    log-ratios of the same two policies share one pass over them.
+    """
+    scores, likelihoods = {}, {}
+    for name, folder in folders.items():
+        reward = load_reward(folder)
+        if isinstance(reward, LogRatio):
+            if reward.source not in likelihoods:
+                likelihoods[reward.source] = reward.likelihoods(prompts, completions)
+            scores[name] = reward.from_likelihoods(*likelihoods[reward.source])
+        else:
+            scores[name] = reward.score(prompts, completions)
+    return scores

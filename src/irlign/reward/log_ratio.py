@@ -1,4 +1,4 @@
-"""The reward that needs no training: log pi_SFT(y|x) - log pi_0(y|x), the optimum that init-sft approximates."""
+"""The reward that needs no training: log pi_SFT(y|x) - log pi_0(y|x), the optimum that init-sft approximates; whole or a token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +14,41 @@ from irlign.records import PromptContent
 
 
 class LogRatio:
-    """`RewardModel` over two policies, one in memory at a time; in nats, EOS included (method.md section 3)."""
+    """`RewardModel` over two policies, one in memory at a time; in nats, EOS included (method.md section 3).
 
-    def __init__(self, sft: Path, init: Path, chat_template: str, name: str = "log-ratio"):
-        self.policies, self.chat_template, self.name = {"sft": sft, "init": init}, chat_template, name
+    `per_token` divides each policy's log-probability by the answer's tokens as that policy reads it, EOS included: nats a token.
+    """
+
+    def __init__(self, sft: Path, init: Path, chat_template: str, name: str = "log-ratio", per_token: bool = False):
+        self.policies, self.chat_template, self.name, self.per_token = {"sft": sft, "init": init}, chat_template, name, per_token
 
     @classmethod
     def load(cls, folder: Path, reward: dict[str, Any]) -> "LogRatio":
-        inputs = reward["inputs"]
-        return cls(folder / inputs["sft"]["path"], folder / inputs["init"]["path"], reward["chat_template"], reward["name"])
+        sft, init = (folder / reward["inputs"][side]["path"] for side in ("sft", "init"))
+        return cls(sft, init, reward["chat_template"], reward["name"], bool(reward.get("normalise")))
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """What the likelihoods depend on: rewards of one source can share one pass."""
+        return (*(str(folder.resolve()) for folder in self.policies.values()), self.chat_template)
 
     def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         """Shape [len(prompts)]."""
-        total = {}
+        return self.from_likelihoods(*self.likelihoods(prompts, completions))
+
+    def from_likelihoods(self, nats_2_B: np.ndarray, tokens_2_B: np.ndarray) -> np.ndarray:
+        """The reward from what `likelihoods` gives. Shape [B]."""
+        sft_B, init_B = nats_2_B / tokens_2_B if self.per_token else nats_2_B
+        return sft_B - init_B
+
+    def likelihoods(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """log pi(y|x) in nats and the answer's tokens, under pi_SFT and pi_0. Both of shape [2, len(prompts)]."""
+        nats, tokens = [], []
         with Progress(f"score {self.name}", 2 * len(prompts), "answers") as bar:
             for side, folder in self.policies.items():
                 policy = load_policy(str(folder), side)
                 rows = Format(policy.tokenizer, self.chat_template).encode(prompts, completions)
-                total[side] = sequence_log_probs(policy, rows, bar)
+                nats.append(sequence_log_probs(policy, rows, bar))
+                tokens.append([len(row.within(policy.max_length).completion_ids) for row in rows])
                 del policy  # before the other is loaded
-        return total["sft"] - total["init"]
+        return np.array(nats), np.array(tokens)

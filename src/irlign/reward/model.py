@@ -41,15 +41,15 @@ class Classifier:
         self.model, self.format, self.name, self.pad_id = model, form, name, int(pad_id)
 
     @classmethod
-    def start(cls, backbone: Path, chat_template: str, name: str) -> "Classifier":
-        """A fresh head over the backbone of a policy folder, with a pad token that differs from EOS."""
+    def start(cls, backbone: Path, chat_template: str, name: str, heads: int = 1) -> "Classifier":
+        """A fresh head (or several, reward/heads.py) over the backbone of a policy folder, with a pad token that differs from EOS."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(backbone)
             model = AutoModelForSequenceClassification.from_pretrained(
-                backbone, num_labels=1, problem_type="regression", dtype=torch.float32
+                backbone, num_labels=heads, problem_type="regression", dtype=torch.float32
             )
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -60,7 +60,8 @@ class Classifier:
                 model.resize_token_embeddings(len(tokenizer))
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.pad_token_id
-        model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+        if heads == 1:
+            model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
         return cls(model, Format(tokenizer, chat_template), name)
 
     @classmethod
@@ -88,18 +89,22 @@ class Classifier:
         return self.score_rows(self.format.encode(prompts, completions))
 
     def score_rows(self, rows: Sequence[Encoded]) -> np.ndarray:
+        return self.logits(rows)[:, 0]
+
+    def logits(self, rows: Sequence[Encoded]) -> np.ndarray:
+        """All logits of the head, one for a plain classifier. Shape [rows, K]."""
         import torch
 
         device = self.model.device
         limit = context_length(self.model.config)
         rows = [row.within(limit) for row in rows]
-        rewards = np.zeros(len(rows))
+        rewards = np.zeros((len(rows), int(self.model.config.num_labels or 1)))
         budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
         with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
             for batch in length_sorted_batches([len(r) for r in rows], budget):
                 ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
-                logits_B = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits[:, 0]
-                rewards[batch] = logits_B.double().cpu().numpy()
+                logits_B_K = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits
+                rewards[batch] = logits_B_K.double().cpu().numpy()
                 bar.advance(len(batch))
         if not np.isfinite(rewards).all():
             raise ModelError(

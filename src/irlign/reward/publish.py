@@ -6,6 +6,8 @@ from typing import Any
 
 from irlign.files import write_json
 
+LOG_RATIOS = {"log-ratio": False, "log-ratio-per-token": True}  # name: whether it is divided by the answer's tokens
+
 CARD = """---
 library_name: transformers
 pipeline_tag: text-classification
@@ -13,7 +15,7 @@ tags: [reward-model, inverse-reinforcement-learning]
 ---
 # {name}: a reward learned from demonstrations
 
-One logit, read at the last token; higher is better. Made by irlign {version} from the contrast `{contrast}` (better over worse)
+{what}; higher is better. Made by irlign {version} from the contrast `{contrast}` (better over worse)
 with the `{loss}` loss on {pairs} pairs; accuracy on unseen pairs {accuracy}. The length of an answer alone reaches
 {length:.0%} on the training pairs, the ending alone {ending:.0%} (both 50% at best).
 
@@ -29,14 +31,13 @@ point where more is worse: read the curve in the run's report.
 
 
 def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None:
-    """reward.json and README.md beside a saved classifier or ensemble, as `about["kind"]` says."""
+    """reward.json and README.md beside a saved reward, as `about["kind"]` says."""
     write_json(folder / "reward.json", about)
-    dev, members = about["dev"], about.get("members")
-    loads = "`AutoModelForSequenceClassification` loads it too"
-    if members:
-        loads = f"{len(members)} members by their {about['aggregate']}; `AutoModelForSequenceClassification` loads each of them too"
+    dev = about["dev"]
+    what, loads = _words(about)
     text = CARD.format(
         name=about["name"],
+        what=what,
         loads=loads,
         version=version,
         contrast=about["contrast"],
@@ -50,8 +51,24 @@ def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def publish_log_ratio(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
-    """reward.json of log pi_SFT - log pi_0 over the run's own policies, by their place relative to `folder` and their hash."""
+def _words(about: Mapping[str, Any]) -> tuple[str, str]:
+    """What the reward is, and what else can load it."""
+    plain, several = "`AutoModelForSequenceClassification` loads it too", f"combined by their {about.get('aggregate')}"
+    if about["kind"] == "ensemble":
+        scales = ", each standardised on dev answers" if about.get("scales") else ""
+        return f"{len(about['members'])} rewards {several}{scales}", "irlign loads it"
+    if about["kind"] == "features":
+        heads = f"{about['heads']} {about['head']} heads {several}" if about["heads"] > 1 else f"A {about['head']} head"
+        return f"{heads} on frozen features of `{about['encoder']}`, which it needs beside it", "irlign loads it"
+    if about["kind"] == "heads":
+        return f"{about['heads']} logits over one backbone {several}, read at the last token", f"{plain}, with the mean of the heads"
+    return "One logit, read at the last token", plain
+
+
+def publish_log_ratios(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
+    """reward.json of log pi_SFT - log pi_0, whole and a token (LOG_RATIOS), in folders below `folder`, over the run's own policies by
+    their place and their hash."""
     policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
-    about = {"name": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
-    write_json(folder / "reward.json", {"kind": "log-ratio", **about, "inputs": policies})
+    about = {"kind": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
+    for name, normalise in LOG_RATIOS.items():
+        write_json(folder / name / "reward.json", {"name": name, **about, "normalise": normalise, "inputs": policies})

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from irlign.data.chat import Encoded, context_length, pad
 from irlign.records import Contrast
@@ -13,19 +13,71 @@ from irlign.reward.model import Classifier, RewardModel
 from irlign.reward.objectives import LOSSES
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
 
+Row = TypeVar("Row")
+ContrastName = Literal["init-sft", "init-demo", "sft-demo", "preference"]
+
 
 class RewardSettings(TrainerSettings):
     """Which answers are better than which, and how the reward learns it."""
 
-    contrast: Literal["init-sft", "init-demo", "sft-demo", "preference"] = Field("init-sft", description="better over worse")
+    contrast: ContrastName = Field("init-sft", description="better over worse")
+    mixture: dict[ContrastName, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="several contrasts in one reward, each row's loss times its weight; in the place of contrast"
+    )
+    ensemble: list[ContrastName] = Field(
+        default_factory=list, description="one member for each contrast, standardised and combined by aggregate; in the place of contrast"
+    )
     loss: Literal["logistic", "bradley-terry"] = Field("logistic", description="logistic (unpaired) or bradley-terry (paired)")
-    backbone: str = Field("sft", description="what the reward model starts from: sft, init, or a checkpoint's folder or Hub id")
+    kind: Literal["classifier", "heads", "features"] = Field(
+        "classifier",
+        description="classifier: trained whole; heads: the members are heads over one backbone; features: the backbone is frozen",
+    )
+    backbone: str = Field("sft", description="what the reward model starts from or reads: sft, init, or a checkpoint's folder or Hub id")
+    head: Literal["logistic", "mlp"] = Field("logistic", description="kind=features: what is trained on the features")
+    ridge: float = Field(1e-4, gt=0, description="head=logistic: penalty on the squared weights")
+    hidden_size: int = Field(64, ge=1, description="head=mlp: width of its hidden layer")
     ending: Literal["match", "keep"] = Field("match", description="match: one ending rule and one length a pair; keep: as drawn")
     max_leak_accuracy: float = Field(0.75, ge=0.5, le=1, description="guard: error when length or ending alone tells more pairs apart")
     members: int = Field(1, ge=1, le=64, description="rewards trained on different samples with different seeds; 1 is no ensemble")
     aggregate: Literal["mean", "min", "mean-variance", "weight-average"] = Field("mean", description="how members become one reward")
     variance_penalty: float = Field(0.5, ge=0, description="lambda of mean-variance: mean - lambda * variance over the members")
-    log_ratio: bool = Field(True, description="also publish the training-free reward log pi_SFT - log pi_0, as the baseline")
+    log_ratio: bool = Field(
+        True, description="also publish the rewards without training, log pi_SFT - log pi_0 whole and a token, as baselines"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "RewardSettings":
+        if self.mixture and self.ensemble:
+            raise ValueError("give mixture (one reward of several contrasts) or ensemble (one reward for each), not both")
+        if self.mixture and not any(self.mixture.values()):
+            raise ValueError("every weight of the mixture is 0")
+        if len(set(self.ensemble)) < len(self.ensemble) or len(self.ensemble) == 1 or (self.ensemble and self.members > 1):
+            raise ValueError("ensemble names two or more different contrasts, one member each: leave members at 1")
+        if self.kind == "heads" and self.members == 1:
+            raise ValueError("kind=heads needs members of 2 or more")
+        if self.aggregate == "weight-average" and (self.kind != "classifier" or self.ensemble):
+            raise ValueError(
+                "weight-average is for members of one contrast with kind=classifier; for heads over one backbone it is the mean"
+            )
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The contrasts that pairs are needed of, with their weights; a weight of 0 is none."""
+        given = self.mixture or dict.fromkeys(self.ensemble or [self.contrast], 1.0)
+        return {contrast: weight for contrast, weight in given.items() if weight > 0}
+
+    @property
+    def name(self) -> str:
+        """What the reward is called, and its folder: its contrast, or `mixture` or `ensemble` where it has several."""
+        return next(iter(self.weights)) if len(self.weights) == 1 else "ensemble" if self.ensemble else "mixture"
+
+    @property
+    def about_contrast(self) -> str:
+        """The contrast in words: `init-sft`, `1 init-sft + 0.5 init-demo`, or `init-sft, init-demo` for an ensemble."""
+        if self.mixture and len(self.weights) > 1:
+            return " + ".join(f"{weight:g} {contrast}" for contrast, weight in self.weights.items())
+        return ", ".join(self.weights)
 
 
 def train_reward(
@@ -34,58 +86,82 @@ def train_reward(
     dev: Sequence[Contrast],
     settings: RewardSettings,
     *,
-    chat_template: str,
     folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
-    head_seed: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train a classifier on the pairs and save it in `folder`. Returns steps, losses, and on the dev pairs TRL's
-    `accuracy` and `margin`. A row of the Trainer is a pair; both losses see the same batches. `head_seed` (by default `seed`)
-    is what the fresh head is drawn from.
+    """Train a classifier on the pairs (`fit_classifier` takes the options) and save it in `folder`. Returns steps, losses, and on
+    the dev pairs TRL's `accuracy` and `margin`.
     """
-    from transformers import Trainer, set_seed
-
-    set_seed(seed if head_seed is None else head_seed)
-    reward = Classifier.start(backbone, chat_template, settings.contrast)
-    better, worse = _encode(reward, train)
-    parameters = sum(p.numel() for p in reward.model.parameters())
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
-    loss = LOSSES[settings.loss]
-
-    def compute_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-        """Logits of shape [2B, 1], better answers first; scaled so that accumulated batches average."""
-        better_B, worse_B = outputs.logits[:, 0].float().chunk(2)
-        pairs = len(better_B) if num_items_in_batch is None else num_items_in_batch / 2
-        return loss(better_B, worse_B) * len(better_B) / pairs
-
-    trainer = Trainer(
-        model=with_adapter(reward.model, settings, "SEQ_CLS"),
-        args=arguments,
-        train_dataset=[{"input_ids": b.ids, "worse_ids": w.ids} for b, w in zip(better, worse, strict=True)],  # type: ignore[arg-type]
-        data_collator=lambda rows: _collate(rows, reward.pad_id),
-        compute_loss_func=compute_loss,
-    )
-    log = fit(trainer, "reward", checkpoints)
-    reward.model = merged(trainer.model, settings).eval()
+    reward, log = fit_classifier(backbone, train, settings, **options)
     reward.save(folder)
     return {**log, "pairs": {"train": len(train), "dev": len(dev)}, "dev": accuracy_and_margin(reward, dev)}
 
 
-def fold_of_pairs(pairs: Sequence[Contrast], member: int, members: int) -> list[Contrast]:
+def fit_classifier(
+    backbone: Path,
+    train: Sequence[Contrast],
+    settings: RewardSettings,
+    *,
+    chat_template: str,
+    checkpoints: Path,
+    seed: int,
+    report_to: str,
+    head_seed: int | None = None,
+    heads: int = 1,
+) -> tuple[Classifier, dict[str, Any]]:
+    """A classifier trained on the pairs, and its steps and losses. A row of the Trainer is a pair; both losses see the same batches.
+    `head_seed` (by default `seed`) is what the fresh head is drawn from; of several `heads` each sees its own fold of the pairs.
+    """
+    from transformers import Trainer, set_seed
+
+    set_seed(seed if head_seed is None else head_seed)
+    reward = Classifier.start(backbone, chat_template, settings.name, heads)
+    better, worse = _encode(reward, train)
+    parameters = sum(p.numel() for p in reward.model.parameters())
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
+    weight_P_K = fold_weights(len(train), heads) * np.array([[pair.weight] for pair in train])
+    rows = [{"input_ids": b.ids, "worse_ids": w.ids, "weights": of.tolist()} for b, w, of in zip(better, worse, weight_P_K, strict=True)]
+    trainer = Trainer(
+        model=with_adapter(reward.model, settings, "SEQ_CLS"),
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda batch: _collate(batch, reward.pad_id),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: _loss(settings.loss, outputs, labels, num_items_in_batch),
+    )
+    log = fit(trainer, "reward", checkpoints)
+    reward.model = merged(trainer.model, settings).eval()
+    return reward, log
+
+
+def _loss(name: str, outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
+    """Logits and labels (the weights) of shape [2B, K], better answers first; scaled so that accumulated batches average."""
+    (better_B_K, worse_B_K), weight_B_K = outputs.logits.float().chunk(2), labels.chunk(2)[0]
+    count = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    return LOSSES[name](better_B_K, worse_B_K, weight_B_K) * labels.numel() / count
+
+
+def fold_weights(pairs: int, heads: int) -> np.ndarray:
+    """How much each pair counts for each head: all alike but for the fold that the head does not see, 1 on average. Shape [P, K]."""
+    seen_P_K = np.ones((pairs, heads)) if heads == 1 else np.arange(pairs)[:, None] % heads != np.arange(heads)
+    return seen_P_K * (1.0 if heads == 1 else heads / (heads - 1))
+
+
+def fold_of_pairs(pairs: Sequence[Row], member: int, members: int) -> list[Row]:
     """The pairs of one member: all but every `members`-th, so that no two see the same samples; all of them for one member."""
     return [pair for i, pair in enumerate(pairs) if members == 1 or i % members != member]
 
 
 def accuracy_and_margin(reward: RewardModel, pairs: Sequence[Contrast]) -> dict[str, float] | None:
-    """Share of pairs whose better answer scores higher (a tie counts half), and the mean difference; None without pairs."""
+    """Share of pairs whose better answer scores higher (a tie counts half), and the mean difference, by the pairs' weights; None
+    without pairs."""
     if not pairs:
         return None
     contents = [p.prompt.content for p in pairs]
     scores = reward.score([*contents, *contents], [*(p.better for p in pairs), *(p.worse for p in pairs)])
     margin = scores[: len(pairs)] - scores[len(pairs) :]
-    return {"accuracy": float(np.mean((margin > 0) + 0.5 * (margin == 0))), "margin": float(margin.mean())}
+    weight = [p.weight for p in pairs]
+    right = (margin > 0) + 0.5 * (margin == 0)
+    return {"accuracy": float(np.average(right, weights=weight)), "margin": float(np.average(margin, weights=weight))}
 
 
 def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> tuple[list[Encoded], list[Encoded]]:
@@ -95,8 +171,9 @@ def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> tuple[list[Encoded
 
 
 def _collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Better answers, then worse ones: `input_ids` and `attention_mask` of shape [2B, T], `labels` [2B] 1 and 0."""
+    """Better answers, then worse ones: `input_ids` and `attention_mask` of shape [2B, T]; `labels` [2B, K], a pair's weights twice."""
     import torch
 
     ids, mask = pad([*(r["input_ids"] for r in rows), *(r["worse_ids"] for r in rows)], pad_id)
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([1] * len(rows) + [0] * len(rows))}
+    weight_B_K = torch.tensor([r["weights"] for r in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.cat([weight_B_K, weight_B_K])}
