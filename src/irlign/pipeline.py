@@ -125,7 +125,7 @@ def sample(recipe: Recipe, run: Run) -> None:
 
 def reward(recipe: Recipe, run: Run) -> None:
     """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and the log-ratios, the baselines without training."""
-    settings, template, preferences = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name
+    settings, template, preferences, names = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name, _rewards(recipe)
     own_policy = settings.backbone in ("sft", "init")
     inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
     inputs |= {} if own_policy else {"backbone": settings.backbone}
@@ -162,27 +162,31 @@ def reward(recipe: Recipe, run: Run) -> None:
         )
         about = {"ending": settings.ending, "controls": controls, "left_out": left_out, "inputs": hashes}
         publish_reward(target, {**log, **about}, __version__)
-        if settings.log_ratio:
-            publish_log_ratios(folder / "rewards", hashes, chat_template=template, seed=run.seed)
+        publish_log_ratios(folder / "rewards", names[1:], hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
     stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences}
-    run.do("reward", build, settings=stated, inputs=inputs, outputs=[f"rewards/{name}" for name in _rewards(recipe)])
+    run.do("reward", build, settings=stated, inputs=inputs, outputs=[f"rewards/{name}" for name in names])
 
 
 def bon(recipe: Recipe, run: Run) -> None:
-    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward selects, among as many
-    answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
-    selector, given = recipe.reward.name, recipe.best_of_n.n
+    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward, held to what pi_SFT finds likely,
+    selects among as many answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
+    learned, weight, selector, given = recipe.reward.name, recipe.reward.likelihood, recipe.reward.selector, recipe.best_of_n.n
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of_n, judge_pool
         from irlign.reward.load import score_all
+        from irlign.reward.publish import held_to_likelihood, publish_held
 
         pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
         scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
+        if weight:
+            dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
+            scores[selector], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
+            publish_held(folder / "rewards", selector, run.path("rewards", learned), scales, weight)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
         choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
@@ -196,18 +200,18 @@ def bon(recipe: Recipe, run: Run) -> None:
     run.do(
         "bon",
         build,
-        settings={"n": given, "selector": selector, "chat_template": recipe.data.chat_template},
+        settings={"n": given, "selector": selector, "likelihood": weight, "chat_template": recipe.data.chat_template},
         inputs=_inside(
             *("pools/sft.parquet", "pools/init.parquet", "data/dev.parquet", "policies/init"),
             *(f"rewards/{name}" for name in _rewards(recipe)),
         ),
-        outputs=["best_of_n"],
+        outputs=["best_of_n", *([f"rewards/{selector}"] if weight else [])],
     )
 
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
-    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.name
+    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.selector
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
     def build(folder: Path) -> dict[str, Any]:
@@ -227,7 +231,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         "eval",
         build,
         settings={"evaluation": recipe.evaluation, "world": world, "selector": selector},
-        inputs=_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}"),
+        inputs=_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
         outputs=["evaluation"],
     )
 
@@ -410,10 +414,10 @@ def _known_features(run: Run, backbone: Path, template: str) -> Any:
 
 
 def _rewards(recipe: Recipe) -> list[str]:
-    """The rewards of a run: the one that selects, then the baselines without training."""
-    from irlign.reward.publish import LOG_RATIOS
+    """The rewards of a run: the learned one, then those without training."""
+    from irlign.reward.publish import LIKELIHOOD, LOG_RATIOS
 
-    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else ())]
+    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else [LIKELIHOOD] if recipe.reward.likelihood else [])]
 
 
 def _inside(*paths: str) -> dict[str, str]:
@@ -449,6 +453,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "dataset": recipe.dataset_name,
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
+        "selector": recipe.reward.selector,
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,
         **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},

@@ -13,7 +13,7 @@ POINTS = 3000  # at most so many dots in a scatter
 
 def curve_svg(results: Mapping[str, Any]) -> str:
     """Best-of-n against n under every reward, with the interval of the selecting one; SFT and demonstrations as lines."""
-    golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["contrast"]
+    golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["selector"]
     measure = golden or results["heldout"]["rewards"]
     curves = {contrast: measure["best_of_n"], **({k: v for k, v in golden["rewards"].items() if k != contrast} if golden else {})}
     figure, axes = _figure()

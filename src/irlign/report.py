@@ -30,8 +30,8 @@ def write_report(root: Path, target: Path) -> None:
         (f"Best-of-{chosen}" if chosen > 1 else "Kept: SFT", measure["best_of_n"][str(chosen)]),
     ]
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
-    curves = {f"{name} (selects)" if name == info["contrast"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
-    curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['contrast']} by its own measure": measure["best_of_n"]}
+    curves = {f"{name} (selects)" if name == info["selector"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
+    curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['selector']} by its own measure": measure["best_of_n"]}
     context = {
         "run": info,
         "headline": results["headline"],
@@ -47,7 +47,7 @@ def write_report(root: Path, target: Path) -> None:
         "curve_svg": _safe(curve_svg(results)),
         "curve_caption": _curve_caption(golden, len(rows)),
         "gao": _gao(results["curve"]["gao"], last),
-        "length_svg": _safe(length_svg(candidates, info["contrast"])),
+        "length_svg": _safe(length_svg(candidates, info["selector"])),
         "length_caption": _length_caption(heldout, candidates),
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
@@ -201,7 +201,7 @@ def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("demonstrations", info["dataset"] or f"made by the {info['world']} world"),
         ("rows read", counts or "–"),
         ("prompts", ", ".join(f"{split} {n}" for split, n in (info["prompts"] or {}).items())),
-        ("reward", f"{info['contrast']}, {info['loss']} loss; N = {info['num_generations']}"),
+        ("reward", f"{info['selector']}, {info['loss']} loss; N = {info['num_generations']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in info["seconds"].items())),
         ("peak memory", f"{peak:,.0f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),

@@ -148,6 +148,15 @@ def auc(better: Sequence[float] | np.ndarray, worse: Sequence[float] | np.ndarra
     return float(wins / (len(better) * len(worse)))
 
 
+def spread_within(groups: Sequence[str], values: Sequence[float] | np.ndarray) -> float:
+    """The standard deviation of values around their group's mean; 1 where none varies."""
+    which, found = np.unique(np.asarray(groups), return_inverse=True)[1], np.asarray(values, dtype=float)
+    if not len(found):
+        return 1.0
+    means = np.bincount(which, found) / np.bincount(which)
+    return float(np.sqrt(np.mean((found - means[which]) ** 2))) or 1.0
+
+
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float | None:
     """Rank correlation, -1 to 1; None where one side does not vary."""
     ranks_x, ranks_y = rankdata(x), rankdata(y)

@@ -160,7 +160,7 @@ def test_a_log_ratio_a_token_shares_the_pass_of_the_whole_one(tmp_path, monkeypa
     for seed, side in enumerate(("init", "sft")):
         make_tiny_policy(tmp_path / "policies" / side, seed)
     hashes = {f"policies/{side}": {"sha256": "-"} for side in ("sft", "init")}
-    publish_log_ratios(tmp_path / "rewards", hashes, chat_template="none", seed=0)
+    publish_log_ratios(tmp_path / "rewards", list(LOG_RATIOS), hashes, chat_template="none", seed=0)
     folders = {name: tmp_path / "rewards" / name for name in LOG_RATIOS}
     alone = {name: load_reward(folder).score(PROMPTS, COMPLETIONS) for name, folder in folders.items()}
     tokens = [
@@ -172,7 +172,7 @@ def test_a_log_ratio_a_token_shares_the_pass_of_the_whole_one(tmp_path, monkeypa
     loaded = []
     monkeypatch.setattr(log_ratio, "load_policy", lambda folder, name: loaded.append(name) or load_policy(folder, name))
     together = score_all(folders, PROMPTS, COMPLETIONS)
-    assert loaded == ["sft", "init"]
+    assert loaded == ["sft", "init"]  # the likelihood alone shares it too
     assert {name: list(of) for name, of in together.items()} == {name: pytest.approx(of) for name, of in alone.items()}
 
 

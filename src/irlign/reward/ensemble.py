@@ -25,6 +25,11 @@ def combine(scores_K_B: np.ndarray, aggregate: str, penalty: float) -> np.ndarra
     return scores_K_B.mean(0) - (penalty * scores_K_B.var(0) if aggregate == "mean-variance" else 0.0)
 
 
+def standardised(scores_K_B: np.ndarray, scales_K_2: np.ndarray) -> np.ndarray:
+    """Each member's scores less its mean and over its standard deviation, the rows of `scales`. Shape [K, B]."""
+    return (scores_K_B - scales_K_2[:, :1]) / (scales_K_2[:, 1:] + 1e-12)
+
+
 class Ensemble:
     """`RewardModel` over members, one in memory at a time.
 
@@ -51,14 +56,19 @@ class Ensemble:
         shape = (reward["aggregate"], reward["variance_penalty"], reward["name"])
         return cls(members, loader, *shape, None if scales is None else np.array(scales))
 
-    def member_scores(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
-        """Every member's reward, standardised where there are scales. Shape [K, len(prompts)]."""
-        scores_K_B = np.stack([self.loader(member).score(prompts, completions) for member in self.members])
-        return scores_K_B if self.scales is None else (scores_K_B - self.scales[:, :1]) / (self.scales[:, 1:] + 1e-12)
+    def member_scores(
+        self, prompts: Sequence[PromptContent], completions: Sequence[str], known: Sequence[np.ndarray | None] = ()
+    ) -> np.ndarray:
+        """Every member's reward, standardised where there are scales; `known` scores are not computed again. Shape [K, len(prompts)]."""
+        given = known or [None] * len(self.members)
+        scores_K_B = np.stack(
+            [self.loader(m).score(prompts, completions) if of is None else of for m, of in zip(self.members, given, strict=True)]
+        )
+        return scores_K_B if self.scales is None else standardised(scores_K_B, self.scales)
 
-    def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+    def score(self, prompts: Sequence[PromptContent], completions: Sequence[str], known: Sequence[np.ndarray | None] = ()) -> np.ndarray:
         """Shape [len(prompts)]."""
-        return combine(self.member_scores(prompts, completions), self.aggregate, self.penalty)
+        return combine(self.member_scores(prompts, completions, known), self.aggregate, self.penalty)
 
 
 def average_weights(members: Sequence[Path], folder: Path, chat_template: str, name: str) -> None:

@@ -54,16 +54,25 @@ def member_loader(features: Features | None = None) -> Callable[[Path], RewardMo
 
 
 def score_all(folders: Mapping[str, Path], prompts: Sequence[PromptContent], completions: Sequence[str]) -> dict[str, np.ndarray]:
-    """The scores of every reward by its name, each of shape [len(prompts)]; rewards are in memory one after the other, and
-    log-ratios of the same two policies share one pass over them.
+    """The scores of every reward by its name, each of shape [len(prompts)]. Rewards are in memory one after the other; log-ratios of
+    the same two policies share one pass over them, and an ensemble takes the scores of members that are asked for themselves.
     """
-    scores, likelihoods = {}, {}
-    for name, folder in folders.items():
-        reward = load_reward(folder)
+    rewards = {name: load_reward(folder) for name, folder in folders.items()}
+    known: dict[Path, np.ndarray] = {}
+    likelihoods: dict[tuple[str, ...], Any] = {}
+    for name, reward in sorted(rewards.items(), key=lambda item: _turn(item[1])):
         if isinstance(reward, LogRatio):
             if reward.source not in likelihoods:
                 likelihoods[reward.source] = reward.likelihoods(prompts, completions)
-            scores[name] = reward.from_likelihoods(*likelihoods[reward.source])
+            scores = reward.from_likelihoods(*likelihoods[reward.source])
+        elif isinstance(reward, Ensemble):
+            scores = reward.score(prompts, completions, [known.get(member.resolve()) for member in reward.members])
         else:
-            scores[name] = reward.score(prompts, completions)
-    return scores
+            scores = reward.score(prompts, completions)
+        known[folders[name].resolve()] = scores
+    return {name: known[folder.resolve()] for name, folder in folders.items()}
+
+
+def _turn(reward: RewardModel) -> int:
+    """Ensembles come last, and a likelihood alone after the log-ratios, whose pass over both policies it shares."""
+    return 2 if isinstance(reward, Ensemble) else int(isinstance(reward, LogRatio) and reward.alone)

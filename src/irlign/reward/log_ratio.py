@@ -1,4 +1,5 @@
-"""The reward that needs no training: log pi_SFT(y|x) - log pi_0(y|x), the optimum that init-sft approximates; whole or a token."""
+"""Rewards that need no training: log pi_SFT(y|x) - log pi_0(y|x), the optimum that init-sft approximates, whole or a token; and
+log pi_SFT(y|x) a token alone, how likely pi_SFT itself finds an answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +18,18 @@ class LogRatio:
     """`RewardModel` over two policies, one in memory at a time; in nats, EOS included (method.md section 3).
 
     `per_token` divides each policy's log-probability by the answer's tokens as that policy reads it, EOS included: nats a token.
+    `alone` leaves pi_0 out.
     """
 
-    def __init__(self, sft: Path, init: Path, chat_template: str, name: str = "log-ratio", per_token: bool = False):
-        self.policies, self.chat_template, self.name, self.per_token = {"sft": sft, "init": init}, chat_template, name, per_token
+    def __init__(self, sft: Path, init: Path, chat_template: str, name: str = "log-ratio", *, per_token: bool = False, alone: bool = False):
+        self.policies, self.chat_template, self.name = {"sft": sft, "init": init}, chat_template, name
+        self.per_token, self.alone = per_token, alone
 
     @classmethod
     def load(cls, folder: Path, reward: dict[str, Any]) -> "LogRatio":
         sft, init = (folder / reward["inputs"][side]["path"] for side in ("sft", "init"))
-        return cls(sft, init, reward["chat_template"], reward["name"], bool(reward.get("normalise")))
+        form = {"per_token": bool(reward.get("normalise")), "alone": bool(reward.get("alone"))}
+        return cls(sft, init, reward["chat_template"], reward["name"], **form)
 
     @property
     def source(self) -> tuple[str, ...]:
@@ -38,14 +42,15 @@ class LogRatio:
 
     def from_likelihoods(self, nats_2_B: np.ndarray, tokens_2_B: np.ndarray) -> np.ndarray:
         """The reward from what `likelihoods` gives. Shape [B]."""
-        sft_B, init_B = nats_2_B / tokens_2_B if self.per_token else nats_2_B
-        return sft_B - init_B
+        values_2_B = nats_2_B / tokens_2_B if self.per_token else nats_2_B
+        return values_2_B[0] if self.alone else values_2_B[0] - values_2_B[1]
 
     def likelihoods(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """log pi(y|x) in nats and the answer's tokens, under pi_SFT and pi_0. Both of shape [2, len(prompts)]."""
+        """log pi(y|x) in nats and the answer's tokens, under pi_SFT and pi_0. Both of shape [2, len(prompts)], or [1, ...] `alone`."""
         nats, tokens = [], []
-        with Progress(f"score {self.name}", 2 * len(prompts), "answers") as bar:
-            for side, folder in self.policies.items():
+        policies = {"sft": self.policies["sft"]} if self.alone else self.policies
+        with Progress(f"score {self.name}", len(policies) * len(prompts), "answers") as bar:
+            for side, folder in policies.items():
                 policy = load_policy(str(folder), side)
                 rows = Format(policy.tokenizer, self.chat_template).encode(prompts, completions)
                 nats.append(sequence_log_probs(policy, rows, bar))

@@ -1,12 +1,22 @@
 """What stands beside a reward's weights: reward.json, the card, and the reward that needs no weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from irlign.files import write_json
+import numpy as np
 
-LOG_RATIOS = {"log-ratio": False, "log-ratio-per-token": True}  # name: whether it is divided by the answer's tokens
+from irlign.files import read_json, write_json
+from irlign.reward.ensemble import combine, standardised
+from irlign.statistics import spread_within
+
+ABOUT = ("contrast", "loss", "chat_template", "seed", "ending", "controls", "left_out", "pairs", "dev")  # what a held reward takes over
+LIKELIHOOD = "likelihood"  # log pi_SFT a token
+LOG_RATIOS: dict[str, dict[str, bool]] = {  # name: divided by the answer's tokens; without pi_0
+    "log-ratio": {"normalise": False, "alone": False},
+    "log-ratio-per-token": {"normalise": True, "alone": False},
+    LIKELIHOOD: {"normalise": True, "alone": True},
+}
 
 CARD = """---
 library_name: transformers
@@ -65,10 +75,33 @@ def _words(about: Mapping[str, Any]) -> tuple[str, str]:
     return "One logit, read at the last token", plain
 
 
-def publish_log_ratios(folder: Path, hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int) -> None:
-    """reward.json of log pi_SFT - log pi_0, whole and a token (LOG_RATIOS), in folders below `folder`, over the run's own policies by
-    their place and their hash."""
+def publish_log_ratios(
+    folder: Path, names: Sequence[str], hashes: Mapping[str, Mapping[str, str]], *, chat_template: str, seed: int
+) -> None:
+    """reward.json of the named LOG_RATIOS, in folders below `folder`, over the run's own policies by their place and their hash."""
     policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
     about = {"kind": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
-    for name, normalise in LOG_RATIOS.items():
-        write_json(folder / name / "reward.json", {"name": name, **about, "normalise": normalise, "inputs": policies})
+    for name in names:
+        write_json(folder / name / "reward.json", {"name": name, **about, **LOG_RATIOS[name], "inputs": policies})
+
+
+def held_to_likelihood(
+    reward_B: np.ndarray, likelihood_B: np.ndarray, prompts: Sequence[str | None], weight: float
+) -> tuple[np.ndarray, list[list[float]]]:
+    """A reward held to what pi_SFT finds likely, `(r / s_r + weight * l / s_l) / 2` with `l = log pi_SFT(y|x)` a token, and the scales
+    that give it: `s` is the standard deviation within a prompt's answers, over the rows whose prompt is not None. Shape [B].
+
+    Selection by a reward alone drifts to answers that pi_SFT hardly ever gives, where the reward has seen nothing (method.md
+    section 4); where pi_SFT is right more often than not, what it finds likely is right too.
+    """
+    known = [i for i, prompt in enumerate(prompts) if prompt is not None]
+    groups = [str(prompts[i]) for i in known]
+    scales = [[0.0, spread_within(groups, reward_B[known])], [0.0, spread_within(groups, likelihood_B[known]) / weight]]
+    return combine(standardised(np.stack([reward_B, likelihood_B]), np.array(scales)), "mean", 0.0), scales
+
+
+def publish_held(folder: Path, name: str, reward: Path, scales: Sequence[Sequence[float]], weight: float) -> None:
+    """reward.json of the reward in the folder `reward` held to the likelihood: an ensemble of the two that lie beside it."""
+    about = {k: v for k, v in read_json(reward / "reward.json").items() if k in ABOUT}
+    shape = {"kind": "ensemble", "members": [f"../{reward.name}", f"../{LIKELIHOOD}"], "aggregate": "mean", "variance_penalty": 0.0}
+    write_json(folder / name / "reward.json", {**about, **shape, "name": name, "scales": scales, "likelihood": weight})
