@@ -178,13 +178,14 @@ def bon(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of_n, judge_pool
+        from irlign.reward.controls import length
         from irlign.reward.load import score_all
 
         pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
         scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
-        rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
+        rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, judged)
         choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
         selected = select(rows, selector, choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)
