@@ -41,6 +41,7 @@ NO_TORCH = {
     *("records", "errors", "statistics", "config", "files", "runs", "progress", "recipe", "report", "plots", "cli"),
     *(
         "reward/contrasts",
+        "reward/controls",
         "reward/publish",
         "optimise/best_of_n",
         "optimise/label_free",

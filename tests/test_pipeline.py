@@ -12,6 +12,8 @@ from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
 from irlign.pipeline import run, run_stage, score, validate
 from irlign.reward import features
+from irlign.reward.controls import CONTROLS
+from irlign.reward.publish import LOG_RATIOS
 
 PUBLISHED = (
     "recipe.yaml",
@@ -138,7 +140,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, "log-ratio", "log-ratio-per-token", "length", "judge"}
+    assert set(results["golden"]["rewards"]) == {contrast, *LOG_RATIOS, "judge", *CONTROLS}
     assert not (copied / "rewards/init-sft").exists()
 
 

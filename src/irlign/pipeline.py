@@ -177,6 +177,7 @@ def bon(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of_n, judge_pool
+        from irlign.reward.controls import length
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
 
@@ -188,7 +189,7 @@ def bon(recipe: Recipe, run: Run) -> None:
             scores[selector], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selector, run.path("rewards", learned), scales, weight)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
-        rows = candidate_rows(pool, {**scores, "length": [float(len(text)) for text in texts]}, judged)
+        rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, judged)
         choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
         selected = select(rows, selector, choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)

@@ -43,6 +43,7 @@ def write_report(root: Path, target: Path) -> None:
         "measure_words": _measure_words(golden),
         "curve": results["curve"],
         "curves": curves,
+        "golden": golden is not None,
         "prompts": len(rows),
         "curve_svg": _safe(curve_svg(results)),
         "curve_caption": _curve_caption(golden, len(rows)),

@@ -10,6 +10,7 @@ from pydantic import Field
 from irlign import statistics
 from irlign.config import Settings
 from irlign.evaluate.overoptimisation import fit_gao
+from irlign.reward.controls import CONTROLS
 
 
 class EvaluationSettings(Settings):
@@ -234,7 +235,7 @@ class Evaluation:
                 pairs += [(top, "sft", curve[:, best], sft)] if self.n[best] != self.chosen else []
                 pairs.append((last, top, curve[:, -1], curve[:, best]))
             for other in self.pool.rewards:
-                if other not in (self.selector, "length", "judge"):
+                if other not in (self.selector, "judge", *CONTROLS):
                     its = self.curve(self.pool.rewards[other], self.pool.golden)[:, -1]
                     pairs.append((last, f"{last}/{other}", curve[:, -1], its))
         options: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed}

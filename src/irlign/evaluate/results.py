@@ -11,6 +11,7 @@ from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
+from irlign.reward.controls import controls, length
 from irlign.reward.load import load_reward
 from irlign.runs import Run
 
@@ -36,7 +37,7 @@ def measure(
         contents = [p.content for p in prompts]
         seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
         if scores is None:
-            scores = {selector: reward.score(contents, seen) if contents else [], "length": [len(text) for text in seen]}
+            scores = {selector: reward.score(contents, seen) if contents else [], "length": length(contents, seen)}
         rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
         true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
         return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
@@ -46,6 +47,7 @@ def measure(
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
+    stored |= _controls(pool, answers)
     measured = Evaluation(
         initial=group([s.prompt for s in initial], [s.completion for s in initial], [s.finished for s in initial]),
         pool=group(
@@ -80,6 +82,14 @@ def measure(
         "run": dict(summary),
     }
     return {"headline": headline(results), **results}, measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+
+
+def _controls(pool: Sequence[Sample], answers: Sequence[Demonstration]) -> dict[str, np.ndarray]:
+    """What length, chance and the demonstration itself (oracle-like) would select from the pool."""
+    demonstrations: dict[str, list[str]] = {}
+    for answer in answers:
+        demonstrations.setdefault(answer.prompt.prompt_id, []).append(answer.completion)
+    return controls([s.prompt.content for s in pool], [ended(s.completion, s.finished) for s in pool], demonstrations)
 
 
 def shown(content: PromptContent) -> str:
