@@ -100,8 +100,8 @@ def test_the_demonstration_is_never_a_candidate(finished):
     n = json.loads((finished / "best_of_n/choice.json").read_text())["n"]
     for row in selected:
         own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["index"] < n]
-        best = max(own, key=lambda c: (c["finish_reason"] != "length", c["reward/init-sft"]))
-        assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft"])
+        best = max(own, key=lambda c: (c["finish_reason"] != "length", c["reward/init-sft+likelihood"]))
+        assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft+likelihood"])
 
 
 def test_the_second_run_does_nothing(copied):
@@ -208,7 +208,7 @@ def test_the_reward_loads_with_plain_transformers_and_scores_the_same(finished):
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     rows = read_table(finished / "best_of_n/candidates.parquet")[:6]
     texts = [r["prompt"] + r["completion"].rstrip() + tokenizer.eos_token for r in rows if r["finish_reason"] == "eos"]
-    stored = [r["reward/init-sft"] for r in rows if r["finish_reason"] == "eos"]
+    stored = [r["reward/init-sft+likelihood"] for r in rows if r["finish_reason"] == "eos"]
     with torch.no_grad():
         alone = [model(**tokenizer(text, return_tensors="pt")).logits.item() for text in texts]
     assert alone == pytest.approx(stored, abs=1e-4)

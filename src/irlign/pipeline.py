@@ -221,7 +221,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
         guard_golden(spec, [run.path("rewards"), run.path("policies")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results, rows = measure(run, selector, golden, name, recipe.evaluation, _summary(recipe, run))
+        results, rows = measure(run, selector, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run))
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
         for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:

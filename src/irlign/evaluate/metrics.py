@@ -54,8 +54,8 @@ class Group:
 
 
 class Evaluation:
-    """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by, `chosen` the n it used
-    (None: the whole pool).
+    """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by, `learned` the trained
+    one in it (None: the same), `chosen` the n that was used (None: the whole pool).
 
     `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty. Best-of-n values
     are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean of pi_SFT.
@@ -70,9 +70,11 @@ class Evaluation:
         settings: EvaluationSettings,
         seed: int,
         chosen: int | None = None,
+        learned: str | None = None,
     ):
         self.groups = {"initial": initial, "sft": pool, "demonstrations": demonstrations}
-        self.pool, self.selector, self.resamples, self.seed = pool, selector, settings.resamples, seed
+        self.pool, self.selector, self.learned = pool, selector, learned or selector
+        self.resamples, self.seed = settings.resamples, seed
         self.prompts = list(pool.by_prompt(pool.finished))
         self.largest = min(len(of) for of in pool.by_prompt(pool.finished).values())
         self.chosen = min(chosen or self.largest, self.largest)
@@ -112,7 +114,7 @@ class Evaluation:
         words = {name: np.array([len(t.split()) for t in g.texts]) for name, g in self.groups.items()}
         repeated = {name: np.array([statistics.repetition(t) for t in g.texts]) for name, g in self.groups.items()}
         return {
-            "reward_auc": self._auc(self.selector),
+            "reward_auc": self._auc(self.learned),
             "length_auc": self._auc("length"),
             "rewards": {
                 **self._sources(lambda name: self.groups[name].rewards.get(self.selector, ())),

@@ -12,20 +12,27 @@ from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
 from irlign.reward.controls import controls, length
-from irlign.reward.load import load_reward
+from irlign.reward.load import score_all
 from irlign.runs import Run
 
 ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 
 def measure(
-    run: Run, selector: str, golden: Golden | None, golden_name: str, settings: EvaluationSettings, summary: Mapping[str, Any]
+    run: Run,
+    selector: str,
+    learned: str,
+    golden: Golden | None,
+    golden_name: str,
+    settings: EvaluationSettings,
+    summary: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test.
 
-    Golden judges the text a user would get; rewards see it under the ending rule of their training.
+    `selector` names the reward that selects, `learned` the one that was trained. Golden judges the text a user would get; rewards see
+    it under the ending rule of their training.
     """
-    reward = load_reward(run.path("rewards", selector))
+    rewards_of = {name: run.path("rewards", name) for name in dict.fromkeys((learned, selector))}
 
     def group(
         prompts: Sequence[Prompt],
@@ -37,17 +44,19 @@ def measure(
         contents = [p.content for p in prompts]
         seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
         if scores is None:
-            scores = {selector: reward.score(contents, seen) if contents else [], "length": length(contents, seen)}
+            scores = {**(score_all(rewards_of, contents, seen) if contents else {selector: []}), "length": length(contents, seen)}
         rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
         true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
         return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
 
     rows = _test_rows(run, "best_of_n/candidates.parquet")
-    stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"}
+    stored: dict[str, Any] = {
+        key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"
+    }
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
-    stored |= _controls(pool, answers)
+    stored = {**stored, **_controls(pool, answers)}
     measured = Evaluation(
         initial=group([s.prompt for s in initial], [s.completion for s in initial], [s.finished for s in initial]),
         pool=group(
@@ -59,12 +68,13 @@ def measure(
         ),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
+        learned=learned,
         settings=settings,
         seed=run.seed,
         chosen=(choice := read_json(run.path("best_of_n/choice.json")))["n"],
     )
     truth = measured.golden(golden_name) if golden else None
-    about = read_json(run.path("rewards", selector, "reward.json"))
+    about = read_json(run.path("rewards", learned, "reward.json"))
     nll = run.stages.get("sft", {}).get("notes", {}).get("dev_nll")
     heldout = {
         "reward": {key: about.get(key) for key in ABOUT},

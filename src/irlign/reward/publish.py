@@ -88,15 +88,16 @@ def publish_log_ratios(
 def held_to_likelihood(
     reward_B: np.ndarray, likelihood_B: np.ndarray, prompts: Sequence[str | None], weight: float
 ) -> tuple[np.ndarray, list[list[float]]]:
-    """A reward held to what pi_SFT finds likely, `(r / s_r + weight * l / s_l) / 2` with `l = log pi_SFT(y|x)` a token, and the scales
-    that give it: `s` is the standard deviation within a prompt's answers, over the rows whose prompt is not None. Shape [B].
+    """A reward held to what pi_SFT finds likely, `((r - m_r) / s_r + weight (l - m_l) / s_l) / 2` with `l = log pi_SFT(y|x)` a token,
+    and the scales that give it: `m` is the mean and `s` the standard deviation within a prompt's answers, over the rows whose
+    prompt is not None. Shape [B].
 
     Selection by a reward alone drifts to answers that pi_SFT hardly ever gives, where the reward has seen nothing (method.md
     section 4); where pi_SFT is right more often than not, what it finds likely is right too.
     """
     known = [i for i, prompt in enumerate(prompts) if prompt is not None]
-    groups = [str(prompts[i]) for i in known]
-    scales = [[0.0, spread_within(groups, reward_B[known])], [0.0, spread_within(groups, likelihood_B[known]) / weight]]
+    groups, sides = [str(prompts[i]) for i in known], ((reward_B[known], 1.0), (likelihood_B[known], weight))
+    scales = [[float(np.mean(of)) if known else 0.0, spread_within(groups, of) / share] for of, share in sides]
     return combine(standardised(np.stack([reward_B, likelihood_B]), np.array(scales)), "mean", 0.0), scales
 
 
