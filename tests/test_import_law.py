@@ -32,7 +32,8 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "report": SPINE | {"plots"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
     "pipeline": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
-    "cli": SPINE | {"recipe", "pipeline"},
+    "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "plots", "pipeline"},
+    "cli": SPINE | {"recipe", "pipeline", "arena"},
     "__init__": {"pipeline", "reward"},
     "__main__": {"cli"},
 }

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from irlign.data.chat import IGNORED, Format, pad
 from irlign.policy.likelihood import mean_nll
 from irlign.policy.load import Policy, load_policy, save_policy
@@ -13,6 +15,8 @@ from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_ar
 
 class SFTSettings(TrainerSettings):
     """Supervised fine-tuning on the train demonstrations."""
+
+    loss_on_prompt: bool = Field(False, description="also learn the prompt's tokens: a baseline, no part of the method")
 
 
 def train_sft(
@@ -48,7 +52,7 @@ def train_sft(
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),
         args=arguments,
-        train_dataset=[{"input_ids": r.ids, "labels": r.labels} for r in rows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in rows],  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, policy.pad_id),
     )
     log = fit(trainer, "sft", checkpoints)
