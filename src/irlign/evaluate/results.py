@@ -43,7 +43,9 @@ def measure(
         return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
 
     rows = _test_rows(run, "best_of_n/candidates.parquet")
-    stored = {key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"}
+    stored: dict[str, Any] = {
+        key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"
+    }
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
