@@ -456,6 +456,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "dataset": recipe.dataset_name,
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
+        "reward": f"{recipe.reward.about_contrast}; {recipe.reward.kind}",
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,
         **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},
