@@ -194,6 +194,11 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     results = run(small_recipe(copied, reward={"contrast": "preference"}, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
     assert results["heldout"]["reward"]["pairs"]["train"] + results["heldout"]["reward"]["pairs"]["dev"] == len(pairs)
+    both = {"ensemble": ["init-sft", "preference"], "kind": "features"}
+    results = run(small_recipe(copied, reward=both, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
+    about = json.loads((copied / "rewards/ensemble/reward.json").read_text())
+    assert about["members"] == ["init-sft", "preference"] and len(about["scales"]) == 2 and about["dev_of_members"]["preference"]
+    assert "ensemble" in results["golden"]["rewards"] and not (copied / "rewards/preference").exists()
 
 
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
