@@ -197,7 +197,7 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     both = {"ensemble": ["init-sft", "preference"], "kind": "features"}
     results = run(small_recipe(copied, reward=both, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
     about = json.loads((copied / "rewards/ensemble/reward.json").read_text())
-    assert about["members"] == ["init-sft", "preference"] and len(about["scales"]) == 2 and about["dev_of_members"]["preference"]
+    assert about["members"] == ["init-sft", "preference"] and len(about["scales"]) == 2 and about["dev_of_members"]["init-sft"]
     assert "ensemble" in results["golden"]["rewards"] and not (copied / "rewards/preference").exists()
 
 
