@@ -164,6 +164,20 @@ def test_every_kind_of_reward_goes_through_and_moves_with_the_run(copied, tmp_pa
     assert scores == pytest.approx(stored, abs=1e-4) and name in (moved / "rewards" / name / "README.md").read_text()
 
 
+def test_earlier_checkpoints_join_the_worse_side(copied):
+    before, pool = json.loads((copied / "rewards/init-sft/reward.json").read_text())["pairs"], hash_path(copied / "pools/sft.parquet")
+    run(small_recipe(copied, sft={"keep_checkpoints": [0.5]}))
+    assert (copied / "policies/sft-0.5/model.safetensors").is_file() and hash_path(copied / "pools/sft.parquet") == pool
+    drawn = {(row["split"], row["index"]) for row in read_table(copied / "pools/sft-0.5.parquet")}
+    assert drawn == {(split, i) for split in ("train", "dev") for i in range(2)}
+    after = json.loads((copied / "rewards/init-sft/reward.json").read_text())
+    assert after["pairs"]["train"] > before["train"] and "pools/sft-0.5.parquet" in after["inputs"]
+    run(small_recipe(copied))
+    assert not (copied / "policies/sft-0.5").exists() and not (copied / "pools/sft-0.5.parquet").exists()
+    with pytest.raises(ConfigError, match="leaves SFT out"):
+        run(small_recipe(copied, sft={"keep_checkpoints": [0.5]}, sft_model_name_or_path=str(copied / "policies/sft")))
+
+
 def test_another_head_reuses_the_stored_features(copied, monkeypatch):
     run(small_recipe(copied, reward={"kind": "features"}))
     before = (copied / "rewards/init-sft/features.safetensors").read_bytes()
@@ -180,6 +194,11 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     results = run(small_recipe(copied, reward={"contrast": "preference"}, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
     assert results["heldout"]["reward"]["pairs"]["train"] + results["heldout"]["reward"]["pairs"]["dev"] == len(pairs)
+    both = {"ensemble": ["init-sft", "preference"], "kind": "features"}
+    results = run(small_recipe(copied, reward=both, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
+    about = json.loads((copied / "rewards/ensemble/reward.json").read_text())
+    assert about["members"] == ["init-sft", "preference"] and len(about["scales"]) == 2 and about["dev_of_members"]["init-sft"]
+    assert "ensemble" in results["golden"]["rewards"] and not (copied / "rewards/preference").exists()
 
 
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):

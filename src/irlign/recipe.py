@@ -67,6 +67,8 @@ class Recipe(Settings):
             raise ValueError(f"{missing} is missing: give model_name_or_path and dataset_name, or world=dialogue for the embedded default")
         if "preference" in self.reward.weights and not self.preference_dataset_name:
             raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
+        if self.sft.keep_checkpoints and self.sft_model_name_or_path:
+            raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and sft_model_name_or_path leaves SFT out")
         if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
         return self

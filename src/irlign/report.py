@@ -202,7 +202,7 @@ def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("demonstrations", info["dataset"] or f"made by the {info['world']} world"),
         ("rows read", counts or "–"),
         ("prompts", ", ".join(f"{split} {n}" for split, n in (info["prompts"] or {}).items())),
-        ("reward", f"{info['selector']}, {info['loss']} loss; N = {info['num_generations']}"),
+        ("reward", f"{info['selector']} ({info['reward']}), {info['loss']} loss; N = {info['num_generations']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in info["seconds"].items())),
         ("peak memory", f"{peak:,.0f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
