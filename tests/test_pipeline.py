@@ -11,6 +11,8 @@ import irlign
 from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
 from irlign.pipeline import run, run_stage, score, validate
+from irlign.recipe import WORLDS
+from irlign.records import Prompt
 from irlign.reward import features
 from irlign.reward.controls import CONTROLS
 from irlign.reward.publish import LOG_RATIOS
@@ -256,6 +258,17 @@ def test_several_seeds_make_one_table(tmp_path):
     assert (tmp_path / "seeds/seeds.html").is_file() and json.loads((tmp_path / "seeds/seeds.json").read_text()) == table
     with pytest.raises(ConfigError, match="one run directory"):
         run_stage("sft", small_recipe(tmp_path / "seeds", seeds="0..1"))
+
+
+@pytest.mark.parametrize("name", [name for name in WORLDS if name != "dialogue"])
+def test_every_world_goes_through(tmp_path, name):
+    recipe = small_recipe(tmp_path / "run", world={"name": name, "out_of_distribution": True, "quality": 0.5, "skeletons": 9})
+    text, problem = validate(recipe)
+    assert problem is None and "24 rows" in text and "<eos>]]" in text
+    results = run(recipe)
+    assert results["golden"]["name"] == f"the golden reward of the {name} world" and results["golden"]["demonstrations"]["mean"] > 3
+    asked = {type(Prompt.from_row(row).content) for row in read_table(tmp_path / "run/pools/sft.parquet")}
+    assert asked == {str if WORLDS[name].chat_template == "none" else tuple}
 
 
 def test_validate_computes_nothing(tmp_path):

@@ -31,8 +31,15 @@ def init(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.pretrain import pretrain
 
-        target, checkpoints = folder / "policies/init", folder / "checkpoints"
-        return pretrain(world.corpus(run.seed), world.vocabulary(), recipe.pretrain, folder=target, checkpoints=checkpoints, seed=run.seed)
+        return pretrain(
+            world.corpus(run.seed),
+            world.vocabulary(),
+            recipe.pretrain,
+            chat_template=world.chat_template,
+            folder=folder / "policies/init",
+            checkpoints=folder / "checkpoints",
+            seed=run.seed,
+        )
 
     run.do("pretrain", build, settings={"world": world, "pretrain": recipe.pretrain}, outputs=["policies/init"])
     return None
@@ -375,7 +382,8 @@ def _format(recipe: Recipe, model: str | None) -> tuple[Any, int]:
 
     if model is None and recipe.world is not None:
         context = recipe.pretrain.max_position_embeddings
-        return Format(word_tokenizer(recipe.world.vocabulary(), context), recipe.data.chat_template), context
+        template = recipe.world.chat_template if recipe.data.chat_template == "auto" else recipe.data.chat_template
+        return Format(word_tokenizer(recipe.world.vocabulary(), context), template), context
     return Format(load_tokenizer(str(model)), recipe.data.chat_template), context_length(load_config(str(model)))
 
 
