@@ -142,7 +142,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, *LOG_RATIOS, "judge", *CONTROLS}
+    assert set(results["golden"]["rewards"]) == {contrast, f"{contrast}+likelihood", *LOG_RATIOS, "judge", *CONTROLS}
     assert not (copied / "rewards/init-sft").exists()
 
 
@@ -289,7 +289,7 @@ def test_your_own_model_and_file_switch_the_world_off(finished, tmp_path):
     results = run(small_recipe(tmp_path / "own", **own))
     assert results["golden"] is None and results["run"]["world"] is None
     assert "too few for a judge" in results["headline"][0] and "no golden reward" in results["headline"][1]
-    assert [t["measure"] for t in results["tests"]] == ["init-sft"]
+    assert [t["measure"] for t in results["tests"]] == ["init-sft+likelihood"]
     assert next(iter(_manifest(tmp_path / "own"))) == "init"
     assert "is not shown" in (tmp_path / "own/report.html").read_text()
 
