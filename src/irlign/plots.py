@@ -51,6 +51,23 @@ def methods_svg(n: Sequence[int], rows: Sequence[Mapping[str, Any]], sources: Ma
     return _svg(figure, axes, 6.5)
 
 
+def settings_svg(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward."""
+    figure, axes = _figure((7.2, 4.4))
+    names = [row["method"] for row in next(iter(settings.values())) if len(row["curve"]) > 1]
+    for i, name in enumerate(names):
+        found = [next(row for row in rows if row["method"] == name) for rows in settings.values()]
+        x = np.arange(len(found)) + 0.5 * (i / max(1, len(names) - 1) - 0.5)
+        mean = np.array([row["gain"]["mean"] for row in found])
+        low, high = np.array([row["gain"]["ci95"] for row in found]).T
+        style = ":" if found[0]["what"] == "control" else "--" if found[0]["what"] == "labelled" else "-"
+        axes.errorbar(x, mean, [mean - low, high - mean], color=COLOURS[i % len(COLOURS)], ls=style, lw=1, marker="o", ms=3, label=name)
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.set_xticks(range(len(settings)), list(settings), rotation=12, ha="right", fontsize=7)
+    axes.set_ylabel("golden gain over SFT")
+    return _svg(figure, axes, 6.5)
+
+
 def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
     """Reward against length in words, both minus their prompt's mean."""
     ids = np.unique([row["prompt_id"] for row in candidates], return_inverse=True)[1]

@@ -20,11 +20,12 @@ from irlign.arena.methods import CHOSEN, METHODS, Pick
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
 from irlign.files import write_json
+from irlign.plots import methods_svg, settings_svg
 from irlign.progress import Progress
-from irlign.report import render
+from irlign.report import render, safe
 from irlign.runs import Run
 
-ALPHA = 0.05
+ALPHA, ALL = 0.05, "All {} settings"
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
 
 def _page(found: Mapping[str, Any]) -> dict[str, Any]:
     several = len(found["settings"]) > 1
-    tables = {**({f"All {len(found['settings'])} settings": found["all"]} if several else {}), **found["settings"]}
+    tables = {**({ALL.format(len(found["settings"])): found["all"]} if several else {}), **found["settings"]}
     heads = [*HEADS, "tokens", "seconds"]
     return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells_of, "chosen": CHOSEN}
 
@@ -215,11 +216,9 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:
-    """For each setting the curves of the methods that select by a reward, as SVG."""
-    from irlign.plots import methods_svg
-    from irlign.report import safe
-
-    return {setting: safe(methods_svg(found["n"], rows, found["sources"][setting])) for setting, rows in found["settings"].items()}
+    """For each setting the curves of the methods that select by a reward, and over all of them their gains by setting, as SVG."""
+    curves = {setting: methods_svg(found["n"], rows, found["sources"][setting]) for setting, rows in found["settings"].items()}
+    return {**{name: safe(svg) for name, svg in curves.items()}, ALL.format(len(curves)): safe(settings_svg(found["settings"]))}
 
 
 HEADS = (

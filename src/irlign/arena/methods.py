@@ -154,5 +154,11 @@ METHODS: Mapping[str, Method] = {
     "preference (labels)": best_of_n(PREFERENCE, "labelled", "preference"),
     "preference (labels)+likelihood": best_of_n(held(PREFERENCE), "labelled", "preference"),
     "init-sft with preference (labels)": best_of_n(together(INIT_SFT, PREFERENCE), "labelled", "init-sft", "preference"),
+    **{
+        f"preference (labels), {noise:.0%} flipped": best_of_n(
+            learned(f"preference-{noise}", noise, contrast="preference", loss="bradley-terry"), "labelled", f"preference-{noise}"
+        )
+        for noise in (0.1, 0.2, 0.4)
+    },
     **{f"control: {name}": best_of_n(control(name), "control") for name in CONTROLS},
 }

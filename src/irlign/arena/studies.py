@@ -14,6 +14,7 @@ from irlign.errors import ConfigError
 from irlign.progress import say
 
 CONTRASTS = f"{CHOSEN},init-sft,init-demo,sft-demo,likelihood,log-ratio,control: length"
+REFERENCE = "SFT*,init-*,sft-demo,three*,features*,likelihood,log-ratio*,preference (labels)*,control*"
 QUICK_SEEDS = "0..1"
 
 
@@ -33,11 +34,12 @@ def dial(world: str, key: str, values: Sequence[Any], **fixed: Any) -> list[Sett
 
 
 WORLDS = ("dialogue", "arithmetic", "errands")
+LABELS = f"{CHOSEN},init-sft,likelihood,preference*,init-sft with preference (labels)"
 STUDIES: Mapping[str, Study] = {
     "reference": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
         "0..9",
-        None,
+        REFERENCE,
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
     ),
     "heterogeneity": Study(
@@ -45,6 +47,30 @@ STUDIES: Mapping[str, Study] = {
         "0..4",
         CONTRASTS,
         "does init-sft resist where init-demo and sft-demo are hacked?",
+    ),
+    "quality": Study(dial("dialogue", "world.quality", (1.0, 0.75, 0.5, 0.25)), "0..4", CONTRASTS, "degraded demonstrations"),
+    "count": Study(dial("dialogue", "world.demonstrations", (25, 100, 400, 2000)), "0..4", CONTRASTS, "how many demonstrations"),
+    "diversity": Study(dial("dialogue", "world.skeletons", (10, 40, 160, None)), "0..4", CONTRASTS, "how many kinds of request"),
+    "out-of-distribution": Study(
+        [setting for world in WORLDS for setting in dial(world, "world.out_of_distribution", (False, True))],
+        "0..4",
+        CONTRASTS,
+        "test prompts of kinds that no demonstration has",
+    ),
+    "ensembles": Study(
+        dial("dialogue", "world.demonstrations", (100, 400)),
+        "0..4",
+        "init-sft*,three*,init-sft with preference (labels),preference (labels)",
+        "members of one contrast, of several, and with a preference reward",
+    ),
+    "labels": Study(
+        dial("dialogue", "pretrain.hidden_size", (48, 96, 160)),
+        "0..4",
+        LABELS,
+        "preferences with 0 to 40 % of the labels flipped, three sizes",
+    ),
+    "sft-distance": Study(
+        dial("dialogue", "sft.num_train_epochs", (0.25, 1, 4, 16, 64)), "0..4", CONTRASTS, "pi_SFT from barely moved to memorised"
     ),
 }
 
