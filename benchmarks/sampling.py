@@ -29,7 +29,13 @@ from irlign.sampling.state import SharedState
 
 PAD, EOS, NEW, ANSWERS, HAZARD = 0, 1, 96, 16, 0.0228
 IDS: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
-TINY: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
+TINY: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 SHAPES: dict[str, Any] = {
     "llama 0.9 M": lambda: LlamaConfig(vocab_size=1024, **TINY, tie_word_embeddings=True, **IDS),
     "gpt-2 small": lambda: GPT2Config(**IDS),

@@ -31,7 +31,7 @@ def test_logits_are_the_models_own_while_rows_leave_and_join(model):
     assert serves(model, 3)
     state, rng = SharedState(model, 3), np.random.default_rng(0)
     texts = [list(PROMPTS[p]) for p in (0, 0, 1, 1, 1, 2)]
-    with torch.inference_mode(), attention(model, state.attention):
+    with torch.inference_mode(), attention(model, state.attention_name):
         found = [state.add(PROMPTS, np.array([0, 0, 1, 1, 1, 2]))]
         for step in range(20):
             tokens = torch.from_numpy(rng.integers(4, 60, len(texts)))

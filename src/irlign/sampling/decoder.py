@@ -1,4 +1,7 @@
-"""The decode loop: one batch across prompts, finished rows leave it, waiting rows take their places."""
+"""The decode loop: one batch across prompts, finished rows leave it, waiting rows take their places.
+
+Answers of one prompt that start at different times have it computed again: only those that start together share it.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import State
 
 LOOK_EVERY = 8  # steps between looks for finished rows: each costs a copy of the rows that stay
-JOIN_SHARE = 0.25  # of the batch must be free before others join: each group of joiners is attended to by itself
+JOIN_SHARE = 0.25  # of the running rows must be able to join at once: each group of joiners is attended to by itself
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,9 @@ class Decoder:
     def run(self, room: Room) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids (EOS included) of every row, and their log-probabilities at temperature 1."""
         waiting = list(range(len(self.rows)))
-        with torch.inference_mode(), attention(self.state.model, self.state.attention):
+        with torch.inference_mode(), attention(self.state.model, self.state.attention_name):
             while waiting or len(self.row_B):
-                free = room.rows - len(self.row_B)
-                if waiting and (not len(self.row_B) or (self.state.joins and free >= JOIN_SHARE * room.rows)):
+                if waiting and (self.state.joins or not len(self.row_B)):
                     waiting = self._join(waiting, room)
                 for _ in range(LOOK_EVERY):
                     if bool(self.over_B.all()):
@@ -86,7 +88,7 @@ class Decoder:
             if (count or len(self.row_B)) and own + longest * (len(distinct) if self.state.joins else count + 1) > room.tokens:
                 break
             count += 1
-        if not count:
+        if count < JOIN_SHARE * min(len(self.row_B), len(waiting)):
             return waiting
         prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(self.rows[i].prompt for i in waiting[:count]))}
         joining = sorted(waiting[:count], key=lambda i: prompts[self.rows[i].prompt])

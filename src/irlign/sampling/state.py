@@ -1,4 +1,4 @@
-"""A running batch: its prompts' and answers' keys and values, shared where the model allows it, and one step of it."""
+"""A running batch of answers as the model sees it: prompts in, one token of every row, rows out; prompts shared or copied."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,15 +15,16 @@ class SharedState:
     """A running batch whose rows share their prompts' keys and values (any model with transformers' attention interface)."""
 
     joins = True  # rows can be added while others run
-    attention: str | None = NAME  # how the model attends while this is stepped
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(cohort.prompt_tokens for cohort in self.cache.cohorts)
+    attention_name: str | None = NAME  # how the model attends while this is stepped
 
     def __init__(self, model: PreTrainedModel, pad_id: int):
         self.model, self.pad_id, self.cache = model, pad_id, SharedPrompts()
         self.own_attention = model.config._attn_implementation
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens whose keys and values the prompts hold."""
+        return sum(cohort.prompt_tokens for cohort in self.cache.cohorts)
 
     def add(self, prompts: Sequence[Sequence[int]], which_B: np.ndarray) -> torch.Tensor:
         """Compute the prompts; logits [B, V] after each row's own, rows in ascending order of prompt."""
@@ -60,7 +61,7 @@ class CopiedState:
     """The same for any causal language model: the prompt's cache copied to each of its rows."""
 
     joins = False
-    attention: str | None = None
+    attention_name: str | None = None
     prompt_tokens = 0  # it starts anew each time
 
     def __init__(self, model: PreTrainedModel, pad_id: int):
@@ -113,7 +114,7 @@ def serves(model: PreTrainedModel, pad_id: int) -> bool:
         try:
             state = SharedState(model, pad_id)
             state.add([first, second], np.array([0, 0, 1]))
-            with attention(model, state.attention):
+            with attention(model, state.attention_name):
                 state.step(torch.tensor([6, 7, 8], device=model.device), torch.tensor([3, 3, 2], device=model.device))
                 found_B_V = state.step(torch.tensor([9, 10, 11], device=model.device), torch.tensor([4, 4, 3], device=model.device))
         except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
