@@ -23,7 +23,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "training": SPINE,
     "worlds": BASE,
     "policy": SPINE | {"data", "training"},
-    "sampling": SPINE | {"data", "policy"},
+    "sampling": SPINE | {"data", "training", "policy"},
     "reward": SPINE | {"data", "training"},
     "optimise": SPINE | {"data", "policy", "sampling", "reward"},
     "evaluate": SPINE | {"data", "worlds", "reward"},

@@ -52,13 +52,18 @@ class IrlignWarning(UserWarning):
     """Something the user should know that does not stop the run; an error in the tests."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine ran out of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text
+
+
 @contextlib.contextmanager
 def memory_errors(what: str, *, where: str, do: str) -> Iterator[None]:
     """Turn a device or machine that runs out of memory inside the block into a ModelError with a remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
+        if out_of_memory(error):
             raise ModelError(f"out of memory with {what}", where=where, do=do) from error
         raise

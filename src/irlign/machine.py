@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
@@ -34,6 +35,24 @@ def reset_peak_memory() -> None:
     """Let the high-water mark start again from here, on Linux."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
         refs.write("5")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be taken: of the accelerator for "cuda", else of the machine (and its control group's limit).
+
+    1 GiB where the system cannot tell.
+    """
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    found = []
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10)
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=1 << 30)
 
 
 def environment() -> dict[str, Any]:

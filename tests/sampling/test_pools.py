@@ -12,6 +12,7 @@ from irlign.runs import request_seed
 from irlign.sampling import pools
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, guard_finished, pool_statistics, read_pool
+from irlign.sampling.transformers_engine import TransformersEngine
 
 PROMPTS = [
     Prompt.of(t, s) for t, s in zip(("the cat", "a dog ran", "the bird", "home", "now the", "a"), ["train", "test", "dev"] * 2, strict=True)
@@ -142,13 +143,49 @@ def test_the_guard_on_cut_answers():
     check(1.0, limit=1)
 
 
-def test_memory_that_runs_out_is_an_error_with_a_remedy(policy, tmp_path, monkeypatch):
-    from irlign.sampling.transformers_engine import TransformersEngine
+def _memory_for(monkeypatch, rows, parts=99):
+    """The machine has memory for so many rows, in the first draws at least."""
+    run, tried = TransformersEngine._run, []
 
-    def no_memory(*_):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    def watched(self, given, room):
+        tried.append(room.rows)
+        if len(tried) <= parts and min(room.rows, len(given)) > rows:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return run(self, given, room)
 
-    monkeypatch.setattr(TransformersEngine, "draw", no_memory)
-    with pytest.raises(ModelError, match=r"out of memory with sampling.batch_size=\d+") as caught:
+    monkeypatch.setattr(TransformersEngine, "_run", watched)
+    return tried
+
+
+def test_memory_that_runs_out_halves_the_batch_of_that_part_only(policy, whole, tmp_path, monkeypatch):
+    tried = _memory_for(monkeypatch, rows=1, parts=2)
+    statistics = _draw(policy, tmp_path)
+    assert tried == [4, 2, 1, 4, 4]
+    assert statistics == {**whole[1], "parts_halved": ["part-00000"]} and whole[1]["parts_halved"] == []
+    parts = [read_table(path) for path in sorted(tmp_path.iterdir())]
+    assert [{row["halvings"] for row in part} for part in parts] == [{2}, {0}, {0}]
+    assert list(_bytes(tmp_path).values())[1:] == list(_bytes(whole[0]).values())[1:]
+    assert [s.completion for s in read_pool(tmp_path)] == [s.completion for s in read_pool(whole[0])]
+
+
+def test_memory_that_holds_no_answer_is_an_error_with_a_remedy(policy, tmp_path, monkeypatch):
+    tried = _memory_for(monkeypatch, rows=0)
+    with pytest.raises(ModelError, match="out of memory with one answer at a time") as caught:
         _draw(policy, tmp_path)
-    assert "set it to" in str(caught.value)
+    assert tried == [4, 2, 1] and "sampling.max_new_tokens" in str(caught.value)
+
+
+def test_what_the_engine_settled_on_holds_after_a_resume(policy, tmp_path, monkeypatch):
+    """Free memory shrinks between the two attempts: the rest is drawn with the budget of the first part."""
+    _draw(policy, tmp_path / "plenty")
+    monkeypatch.setattr("irlign.sampling.transformers_engine.free_memory", lambda device: 2**16)
+    short = _draw(policy, tmp_path / "short")
+    assert short["settled"] == {"batch_tokens": 128, "dtype": "float32"}  # half of 2^16 bytes, 256 for a token
+    (tmp_path / "short/part-00001.parquet").unlink()
+    monkeypatch.setattr("irlign.sampling.transformers_engine.free_memory", lambda device: 2**40)
+    before = _bytes(tmp_path / "short")
+    assert _draw(policy, tmp_path / "short") == short
+    assert _bytes(tmp_path / "short").items() > before.items()
+    settled = {row["settled"] for row in read_table(tmp_path / "short")}
+    assert [json.loads(text) for text in settled] == [short["settled"]]
+    assert _draw(policy, tmp_path / "plenty")["settled"]["batch_tokens"] == 4 * 64  # a full batch of the longest texts

@@ -1,9 +1,9 @@
 """What draws samples: the Engine protocol and the choice by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -23,7 +23,8 @@ class SamplingSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with this probability")
     top_k: int = Field(0, ge=0, description="only the k most likely tokens; 0 = all")
     stop: list[str] = Field(default_factory=list, description="strings that end an answer (removed from it)")
-    batch_size: int = Field(256, ge=1, description="answers drawn side by side")
+    batch_size: int = Field(256, ge=1, description="most answers drawn side by side; fewer where memory is short")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision; auto = bfloat16 where it is supported and faster")
     part_prompts: int = Field(64, ge=1, description="prompts in one stored part: the unit of resume")
     max_cut_share: float = Field(0.5, ge=0, le=1, description="guard: error when more of pi_SFT's answers are cut at the limit")
 
@@ -37,21 +38,30 @@ class Request:
 
 
 class Engine(Protocol):
-    """Draws samples for requests; the same request gives the same samples whatever else is asked for."""
+    """Draws samples for requests; the same request gives the same samples whatever else is asked for.
+
+    `settled` is what the engine chose by looking at the machine: it is stored with every part and handed back on resume.
+    `halvings` counts how often memory ran out in the last draw, so that its batches are not the settled ones.
+    """
 
     name: str
+    settled: dict[str, Any]
+    halvings: int
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """The samples of every request, in order, indices from 0."""
         ...
 
 
-def load_engine(policy: Path, settings: SamplingSettings, chat_template: str) -> Engine:
-    """The engine named in the settings, holding the policy in a folder. Raises ConfigError on an unknown name."""
+def load_engine(policy: Path, settings: SamplingSettings, chat_template: str, settled: Mapping[str, Any] | None = None) -> Engine:
+    """The engine named in the settings, holding the policy in a folder; `settled` as an earlier part recorded it.
+
+    Raises ConfigError on an unknown name.
+    """
     from irlign.errors import ConfigError
 
     if settings.engine != "transformers":
         raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do="use transformers")
     from irlign.sampling.transformers_engine import TransformersEngine
 
-    return TransformersEngine(policy, settings, chat_template)
+    return TransformersEngine(policy, settings, chat_template, settled)

@@ -26,8 +26,10 @@ def draw_pool(
 ) -> dict[str, Any]:
     """Draw the wanted number of samples for each prompt and store them in `folder` as numbered parts.
 
-    A part is a fixed range of prompts; a part that is already there is kept, so that an interrupted draw goes on and
-    gives the same bytes. The policy's memory is returned before this does. Returns the pool's statistics.
+    A part is a fixed range of prompts, and batches never cross it; a part that is already there is kept, and what the
+    engine settled on for it (precision, tokens at once) holds for the rest, so that an interrupted draw goes on and gives
+    the same bytes: all but the parts in which memory ran out, which the statistics count. The policy's memory is
+    returned before this does. Returns the pool's statistics.
     """
     wanted = sorted(((p, n) for p, n in wanted if n > 0), key=lambda item: (item[0].split, item[0].prompt_id))
     parts = [wanted[i : i + settings.part_prompts] for i in range(0, len(wanted), settings.part_prompts)]
@@ -36,18 +38,28 @@ def draw_pool(
         for number, part in enumerate(parts):
             path = folder / f"part-{number:05d}.parquet"
             if not path.exists():
-                engine = engine or load_engine(policy, settings, chat_template)
+                engine = engine or load_engine(policy, settings, chat_template, _settled(folder))
                 requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
                 seeds = [s for r in requests for s in r.seeds]
-                remedy = f"set it to {max(1, settings.batch_size // 2)}"
-                with memory_errors(f"sampling.batch_size={settings.batch_size}", where=f"sample {name}", do=remedy):
+                with memory_errors("one answer at a time", where=f"sample {name}", do="lower sampling.max_new_tokens, or free memory"):
                     drawn = engine.draw(requests)
-                rows = [_row(sample, s, settings) for sample, s in zip(drawn, seeds, strict=True)]
-                write_table(path, rows)
+                about = {"settled": json.dumps(engine.settled), "halvings": engine.halvings}
+                write_table(path, [{**_row(sample, s, settings), **about} for sample, s in zip(drawn, seeds, strict=True)])
             bar.advance(sum(n for _, n in part))
     del engine
     gc.collect()
-    return pool_statistics(read_pool(folder))
+    return {**pool_statistics(read_pool(folder)), "settled": _settled(folder), "parts_halved": _halved(folder)}
+
+
+def _settled(folder: Path) -> dict[str, Any] | None:
+    """What the engine chose for the parts that are there."""
+    first = min(folder.glob("part-*.parquet"), default=None)
+    return json.loads(read_table(first)[0]["settled"]) if first else None
+
+
+def _halved(folder: Path) -> list[str]:
+    """The parts in which memory ran out: drawn again, their bytes may differ."""
+    return [path.stem for path in sorted(folder.glob("part-*.parquet")) if read_table(path)[0]["halvings"]]
 
 
 def _row(sample: Sample, seed: int, settings: SamplingSettings) -> dict[str, Any]:
