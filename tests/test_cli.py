@@ -67,7 +67,9 @@ BAD_FILES = {
     "no row": ([], "bad.jsonl: holds no rows"),
     "one prompt only": ([{"prompt": "the cat", "completion": f" {w}"} for w in WORDS], "bad.jsonl: holds one prompt only"),
     "identical demonstrations": ([{**row, "completion": " same."} for row in GOOD], "bad.jsonl: all demonstrations are identical"),
-    "a number as the answer": ([{"prompt": "the cat", "completion": 3}], "bad.jsonl:1, completion: is a int"),
+    "a number as the answer": ([{"prompt": "the cat", "completion": 3}], "bad.jsonl:1, completion: is a number, neither text"),
+    "null as the prompt": ([{"prompt": None, "completion": "x"}], "bad.jsonl:1, prompt: is null, neither text"),
+    "half a surrogate pair": ([*GOOD[:2], '{"prompt": "x \\ud83d", "completion": "y"}'], "bad.jsonl:3: holds half of a surrogate pair"),
     "a wrong role": ([{"messages": [{"role": "robot", "content": "x"}]}], "bad.jsonl:1, messages, message 1: role 'robot'"),
     "a row too long": ([*GOOD, {"prompt": "cat " * 80, "completion": " ran."}], "a row is too long"),
     "conversations for a model without a template": (

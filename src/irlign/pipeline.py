@@ -212,6 +212,8 @@ def bon(recipe: Recipe, run: Run) -> None:
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
+    from irlign.evaluate.golden import golden_inputs
+
     spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.selector
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
@@ -232,7 +234,10 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         "eval",
         build,
         settings={"evaluation": recipe.evaluation, "world": world, "selector": selector},
-        inputs=_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
+        inputs={
+            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
+            **golden_inputs(spec),
+        },
         outputs=["evaluation"],
     )
 

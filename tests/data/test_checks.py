@@ -33,6 +33,17 @@ def test_counts_by_hand(form):
     assert "test" not in found["splits"]
 
 
+def test_special_tokens_in_the_text_are_counted():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = None  # whole texts: no special token is a word of its own
+    form = Format(tokenizer, "none")
+    found = describe(
+        {"train": rows(("a <s> cat", " sat."), ("a", " sat </s> x"), ("a", " sat.</s>")), "dev": [], "test": []}, form, max_length=9
+    )
+    assert found["splits"]["train"]["special_tokens"] == 2
+    assert "2 rows hold special tokens" in render(found, {}, "")
+
+
 def test_unknown_tokens_are_a_share_of_all(form):
     found = describe({"train": rows(("the cat", " sat on zeppelin.")), "dev": [], "test": []}, form, max_length=64)
     assert found["splits"]["train"]["unknown_tokens"] == pytest.approx(1 / 8)

@@ -108,6 +108,7 @@ def describe(splits: Mapping[str, Sequence[Demonstration]], form: Format, *, max
             "over_max_length": _share(lengths.over()),
             "eos_kept": _share([e.completion_ids[-1] == eos and len(e) <= max_length for e in encoded]),
             "unknown_tokens": _share([t == unknown_id for t in tokens]) if unknown_id is not None else None,
+            "special_tokens": sum(form.holds_special(d.prompt.content, d.completion) for d in rows),
             "lengths": lengths.totals,
         }
     ids = {split: {d.prompt.prompt_id for d in splits[split]} for split in SPLITS}
@@ -134,6 +135,8 @@ def render(found: Mapping[str, Any], notes: Mapping[str, Any], example: str) -> 
         if of["lengths"]:
             unknown = "no unknown token in this tokenizer" if of["unknown_tokens"] is None else f"{of['unknown_tokens']:.2%} unknown tokens"
             lines.append(f"  over {found['max_length']} tokens: {of['over_max_length']:.1%}; EOS kept: {of['eos_kept']:.1%}; {unknown}")
+        if of["special_tokens"]:
+            lines.append(f"  {of['special_tokens']} rows hold special tokens of this tokenizer; in your text they are plain text")
     if lengths := found["splits"].get("train", {}).get("lengths"):
         lines += ["", "tokens a row (train)", *histogram(lengths)]
     shared = {pair: count for pair, count in found["overlap"].items() if count}
@@ -146,6 +149,7 @@ def read_notes(notes: Mapping[str, Any]) -> list[str]:
     words = {
         "empty": "with an empty answer, dropped",
         "duplicates": "duplicates, dropped",
+        "turns_after_answer": "turns after a last answer, dropped",
         "overlong_dropped": "too long, dropped",
         "overlong_truncated": "too long, cut after a sentence",
         "prompts_too_long": "with a prompt too long to answer, dropped",
