@@ -16,7 +16,7 @@ from irlign.files import hash_path
 from irlign.records import PromptContent
 from irlign.reward.load import load_reward
 
-Golden = Callable[[Sequence[PromptContent], Sequence[str]], Sequence[float]]
+Golden = Callable[[Sequence[PromptContent], Sequence[str]], Sequence[float] | np.ndarray]
 BATCH = 32
 OWN = ("*.safetensors", "reward.json")  # the files that tell one reward from another
 
