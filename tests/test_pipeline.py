@@ -183,6 +183,12 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     assert results["heldout"]["reward"]["pairs"]["train"] + results["heldout"]["reward"]["pairs"]["dev"] == len(pairs)
 
 
+def test_run_takes_the_recipe_of_the_run_directory(copied):
+    stages = _manifest(copied)
+    run(None, [f"output_dir={copied}"])
+    assert _manifest(copied) == stages
+
+
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
     run_stage("reward", None, [f"output_dir={copied}", "reward.loss=bradley-terry"])
     stages = _manifest(copied)

@@ -185,6 +185,7 @@ class Format:
         """One row for each prompt and completion. Prompt and completion are tokenized together, so that a completion's
         leading space is the same token here as in running text; where the two would share a token, each is taken alone.
         """
+        check_pairs(contents, completions)
         keys = [prompt_identity(c) for c in contents]
         distinct = dict(zip(keys, contents, strict=True))
         texts = {k: self._rendered(c) for k, c in distinct.items()}
@@ -216,6 +217,14 @@ class Format:
         if not rows:
             return []
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def check_pairs(contents: Sequence[PromptContent], completions: Sequence[str]) -> None:
+    """Raises DataError where these are not as many prompts as answers, each of them in a list."""
+    if isinstance(contents, str) or isinstance(completions, str):
+        raise DataError("prompts and answers come as two lists, and this is one text", do='write ["a prompt"], ["an answer"]')
+    if len(contents) != len(completions):
+        raise DataError(f"{len(contents)} prompts and {len(completions)} answers", do="give one answer for each prompt")
 
 
 def _resolve_template(name: str, tokenizer: Any) -> str | None:
