@@ -40,7 +40,7 @@ def measure(form: Format, rows: Sequence[Demonstration], max_length: int, room: 
 def apply_overlong(
     form: Format, rows: Sequence[Demonstration], settings: DataSettings, *, context: int, room: int, name: str
 ) -> tuple[list[Demonstration], dict[str, int]]:
-    """The rows that fit, as `on_overlong` says, and how many were dropped or cut.
+    """The rows that fit, as `on_overlong` says, and how many were dropped or cut, or hold special tokens as plain text.
 
     A row fits if prompt and answer have at most `max_length` tokens and the prompt leaves `room` for an answer. "truncate"
     cuts the answer after the last sentence that fits, so that it still ends with EOS; where none does, or where the
@@ -49,6 +49,7 @@ def apply_overlong(
     limit = min(settings.max_length or context, context)
     _, lengths = measure(form, rows, limit, room)
     counts = {"overlong_dropped": 0, "overlong_truncated": 0, "prompts_too_long": 0}
+    counts["special_tokens"] = sum(form.holds_special(row.prompt.content, row.completion) for row in rows)
     kept: list[Demonstration] = []
     over = sum(a or b for a, b in zip(lengths.over(), lengths.crowded(), strict=True))
     for row, long, crowded, total, prompt in zip(rows, lengths.over(), lengths.crowded(), lengths.totals, lengths.prompts, strict=True):
@@ -108,7 +109,6 @@ def describe(splits: Mapping[str, Sequence[Demonstration]], form: Format, *, max
             "over_max_length": _share(lengths.over()),
             "eos_kept": _share([e.completion_ids[-1] == eos and len(e) <= max_length for e in encoded]),
             "unknown_tokens": _share([t == unknown_id for t in tokens]) if unknown_id is not None else None,
-            "special_tokens": sum(form.holds_special(d.prompt.content, d.completion) for d in rows),
             "lengths": lengths.totals,
         }
     ids = {split: {d.prompt.prompt_id for d in splits[split]} for split in SPLITS}
@@ -135,8 +135,6 @@ def render(found: Mapping[str, Any], notes: Mapping[str, Any], example: str) -> 
         if of["lengths"]:
             unknown = "no unknown token in this tokenizer" if of["unknown_tokens"] is None else f"{of['unknown_tokens']:.2%} unknown tokens"
             lines.append(f"  over {found['max_length']} tokens: {of['over_max_length']:.1%}; EOS kept: {of['eos_kept']:.1%}; {unknown}")
-        if of["special_tokens"]:
-            lines.append(f"  {of['special_tokens']} rows hold special tokens of this tokenizer; in your text they are plain text")
     if lengths := found["splits"].get("train", {}).get("lengths"):
         lines += ["", "tokens a row (train)", *histogram(lengths)]
     shared = {pair: count for pair, count in found["overlap"].items() if count}
@@ -153,6 +151,7 @@ def read_notes(notes: Mapping[str, Any]) -> list[str]:
         "overlong_dropped": "too long, dropped",
         "overlong_truncated": "too long, cut after a sentence",
         "prompts_too_long": "with a prompt too long to answer, dropped",
+        "special_tokens": "with special tokens of the tokenizer in them, read as plain text",
     }
     found = []
     for source, counts in notes.items():
