@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from irlign.config import dump_recipe, load_recipe, parse_seeds, recipe_schema
 from irlign.errors import ConfigError, RunError
-from irlign.recipe import Recipe, as_recipe, stored_recipe
+from irlign.recipe import WORLDS, Recipe, as_recipe, stored_recipe
 
 OWN = ["model_name_or_path=m", "dataset_name=d.jsonl"]
 
@@ -49,8 +49,12 @@ def test_a_bare_key_finds_its_one_section(tmp_path):
         ("world: [\n", "this is not YAML"),
         ("- a\n", "a recipe is a mapping"),
         ("", "the recipe is empty"),
-        ("world:\n  name: chess\n", "no world 'chess'; known: dialogue"),
-        ("world:\n  colour: 1\n", "unknown key world.colour"),
+        ("world:\n  name: chess\n", "no world 'chess'; known: dialogue, arithmetic, errands"),
+        ("world:\n  colour: 1\n", "/r.yaml:2: unknown key world.colour"),
+        ("world:\n  name: errands\n  heterogenity: 1\n", "/r.yaml:3: unknown key world.heterogenity\n  did you mean world.heterogeneity?"),
+        ("world:\n  name: arithmetic\n  skill: high\n", "/r.yaml:3: world.skill: expected a valid number, got 'high'"),
+        ("world:\n  name: arithmetic\n  harmful: 0.5\n", "/r.yaml:3: unknown key world.harmful\n"),
+        ("world:\n  quality: 2\n", "world.quality lies between 0 and 1, not 2"),
         ("model_name_or_path: m\n", "dataset_name is missing"),
         ("seed: 3\n", "model_name_or_path is missing"),
     ],
@@ -62,6 +66,14 @@ def test_mistakes_are_named_with_their_place(tmp_path, text, message):
 def test_several_mistakes_are_one_error(tmp_path):
     text = _error("world: dialogue\nsede: 1\nsft:\n  lora_r: none\n", tmp_path)
     assert text.startswith("2 problems in the recipe:") and "sede" in text and "sft.lora_r" in text
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_world_is_a_name_or_a_mapping_with_one(tmp_path, name):
+    assert _load(f"world: {name}\n", tmp_path, "heterogeneity=1").world == WORLDS[name](heterogeneity=1)
+    recipe = _load(f"world:\n  name: {name}\n  skeletons: 5\n", tmp_path)
+    assert recipe.world == WORLDS[name](skeletons=5) and Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert _load("world: dialogue\n", tmp_path, f"world={name}").world == WORLDS[name]()
 
 
 def test_a_model_or_a_dataset_switches_the_world_off():

@@ -12,6 +12,8 @@ import irlign
 from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
 from irlign.pipeline import run, run_stage, score, validate
+from irlign.recipe import WORLDS
+from irlign.records import Prompt
 from irlign.reward import features
 from irlign.reward.controls import CONTROLS
 from irlign.reward.publish import LOG_RATIOS
@@ -141,7 +143,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, *LOG_RATIOS, "judge", *CONTROLS}
+    assert set(results["golden"]["rewards"]) == {contrast, f"{contrast}+likelihood", *LOG_RATIOS, "judge", *CONTROLS}
     assert not (copied / "rewards/init-sft").exists()
 
 
@@ -165,6 +167,20 @@ def test_every_kind_of_reward_goes_through_and_moves_with_the_run(copied, tmp_pa
     assert scores == pytest.approx(stored, abs=1e-4) and name in (moved / "rewards" / name / "README.md").read_text()
 
 
+def test_earlier_checkpoints_join_the_worse_side(copied):
+    before, pool = json.loads((copied / "rewards/init-sft/reward.json").read_text())["pairs"], hash_path(copied / "pools/sft.parquet")
+    run(small_recipe(copied, sft={"keep_checkpoints": [0.5]}))
+    assert (copied / "policies/sft-0.5/model.safetensors").is_file() and hash_path(copied / "pools/sft.parquet") == pool
+    drawn = {(row["split"], row["index"]) for row in read_table(copied / "pools/sft-0.5.parquet")}
+    assert drawn == {(split, i) for split in ("train", "dev") for i in range(2)}
+    after = json.loads((copied / "rewards/init-sft/reward.json").read_text())
+    assert after["pairs"]["train"] > before["train"] and "pools/sft-0.5.parquet" in after["inputs"]
+    run(small_recipe(copied))
+    assert not (copied / "policies/sft-0.5").exists() and not (copied / "pools/sft-0.5.parquet").exists()
+    with pytest.raises(ConfigError, match="leaves SFT out"):
+        run(small_recipe(copied, sft={"keep_checkpoints": [0.5]}, sft_model_name_or_path=str(copied / "policies/sft")))
+
+
 def test_another_head_reuses_the_stored_features(copied, monkeypatch):
     run(small_recipe(copied, reward={"kind": "features"}))
     before = (copied / "rewards/init-sft/features.safetensors").read_bytes()
@@ -181,6 +197,11 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     results = run(small_recipe(copied, reward={"contrast": "preference"}, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
     assert results["heldout"]["reward"]["pairs"]["train"] + results["heldout"]["reward"]["pairs"]["dev"] == len(pairs)
+    both = {"ensemble": ["init-sft", "preference"], "kind": "features"}
+    results = run(small_recipe(copied, reward=both, preference_dataset_name=str(tmp_path / "pairs.jsonl")))
+    about = json.loads((copied / "rewards/ensemble/reward.json").read_text())
+    assert about["members"] == ["init-sft", "preference"] and len(about["scales"]) == 2 and about["dev_of_members"]["init-sft"]
+    assert "ensemble" in results["golden"]["rewards"] and not (copied / "rewards/preference").exists()
 
 
 def test_run_takes_the_recipe_of_the_run_directory(copied):
@@ -246,6 +267,17 @@ def test_several_seeds_make_one_table(tmp_path):
         run_stage("sft", small_recipe(tmp_path / "seeds", seeds="0..1"))
 
 
+@pytest.mark.parametrize("name", [name for name in WORLDS if name != "dialogue"])
+def test_every_world_goes_through(tmp_path, name):
+    recipe = small_recipe(tmp_path / "run", world={"name": name, "out_of_distribution": True, "quality": 0.5, "skeletons": 9})
+    text, problem = validate(recipe)
+    assert problem is None and "24 rows" in text and "<eos>]]" in text
+    results = run(recipe)
+    assert results["golden"]["name"] == f"the golden reward of the {name} world" and results["golden"]["demonstrations"]["mean"] > 3
+    asked = {type(Prompt.from_row(row).content) for row in read_table(tmp_path / "run/pools/sft.parquet")}
+    assert asked == {str if WORLDS[name].chat_template == "none" else tuple}
+
+
 def test_validate_computes_nothing(tmp_path):
     text, problem = validate(small_recipe(tmp_path / "none"))
     assert problem is None
@@ -264,7 +296,7 @@ def test_your_own_model_and_file_switch_the_world_off(finished, tmp_path):
     results = run(small_recipe(tmp_path / "own", **own))
     assert results["golden"] is None and results["run"]["world"] is None
     assert "too few for a judge" in results["headline"][0] and "no golden reward" in results["headline"][1]
-    assert [t["measure"] for t in results["tests"]] == ["init-sft"]
+    assert [t["measure"] for t in results["tests"]] == ["init-sft+likelihood"]
     assert next(iter(_manifest(tmp_path / "own"))) == "init"
     assert "is not shown" in (tmp_path / "own/report.html").read_text()
 

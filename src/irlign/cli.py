@@ -82,6 +82,22 @@ _stage("report", "Write report.html.")
 
 
 @app.command()
+def arena(
+    study: Annotated[str, typer.Argument(help="reference (the leaderboard), or a study by its name")] = "reference",
+    output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="where the cells and the table go")] = "runs/arena",
+    seeds: Annotated[str | None, typer.Option(help="0..9, or 0,3,5; by default the study's own")] = None,
+    rows: Annotated[str | None, typer.Option(help="methods by name, comma-separated, * for anything; by default the study's own")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small cells and two seeds: does everything run?")] = False,
+    jobs: Annotated[int | None, typer.Option(help="cells side by side, one thread each; by default one a core")] = None,
+) -> None:
+    """Every method on every world, dial setting and seed, against the true reward: one table, one page."""
+    from irlign.arena.studies import run_study
+
+    for line in run_study(study, Path(output_dir), seeds, rows, quick, jobs):
+        typer.echo(line)
+
+
+@app.command()
 def env() -> None:
     """Versions, devices and memory, ready to paste into a bug report."""
     from irlign.machine import environment

@@ -214,19 +214,20 @@ def _assign(values: dict[str, Any], key: Key, value: Any) -> None:
     here[key[-1]] = value
 
 
-def _section(annotation: Any) -> dict[str, Any] | None:
-    """Field names and types where the annotation is, or may be, a settings model or a dataclass; else None."""
+def _sections(annotation: Any) -> list[dict[str, Any]]:
+    """Field names and types of every settings model or dataclass that the annotation is or may be."""
+    found = []
     for kind in typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return {name: field.annotation for name, field in kind.model_fields.items()}
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            return {name: typing.get_type_hints(kind)[name] for name in (f.name for f in dataclasses.fields(kind)) if name}
-    return None
+            found.append({name: field.annotation for name, field in kind.model_fields.items()})
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found.append({name: typing.get_type_hints(kind)[name] for name in (f.name for f in dataclasses.fields(kind))})
+    return found
 
 
 def _keys(annotation: Any, prefix: Key = ()) -> Iterator[Key]:
-    """Every key of a model, sections and their leaves, as tuples."""
-    for name, kind in (_section(annotation) or {}).items():
+    """Every key of a model, sections and their leaves, as tuples; those of all models where there is a choice."""
+    for name, kind in {name: kind for section in _sections(annotation) for name, kind in section.items()}.items():
         yield (*prefix, name)
         yield from _keys(kind, (*prefix, name))
 
@@ -237,7 +238,7 @@ def _explain(model: type[BaseModel], error: ValidationError, places: dict[Key, s
     problems: dict[tuple[Key, bool], dict[str, Any]] = {}
     for problem in error.errors(include_url=False):
         unknown = problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
-        parts = tuple(str(part) for part in problem["loc"])
+        parts = _without_choices(model, tuple(str(part) for part in problem["loc"]))
         # pydantic appends union members and list positions to a location: the key is its longest known part.
         known = next((parts[:n] for n in range(len(parts), 0, -1) if parts[:n] in keys), ())
         found = problems.setdefault((parts if unknown else known, unknown), {"expected": [], "got": problem["input"]})
@@ -261,6 +262,15 @@ def _explain(model: type[BaseModel], error: ValidationError, places: dict[Key, s
     return ConfigError(f"{len(lines)} problems in the recipe:{listing}")
 
 
+def _without_choices(annotation: Any, parts: Key) -> Key:
+    """A location without what pydantic puts after a key that holds one of several models: the name of the one it took."""
+    fields = [section[parts[0]] for section in _sections(annotation) if parts and parts[0] in section]
+    if not fields:
+        return parts
+    rest = parts[2:] if len(_sections(fields[0])) > 1 else parts[1:]
+    return (parts[0], *_without_choices(fields[0], rest))
+
+
 def _expectation(problem: Any) -> tuple[str, str]:
     """("said", a validator's own sentence) or ("wanted", what the type asks for)."""
     message = problem["msg"]
@@ -273,6 +283,7 @@ def _expectation(problem: Any) -> tuple[str, str]:
 
 def _neighbours(key: Key, keys: set[Key]) -> list[str]:
     """Known keys that an unknown one may stand for: alike in its own section, or of its name in another section."""
+    keys = keys - {key}  # a key of another choice of this section is unknown too
     beside = [k[-1] for k in keys if k[:-1] == key[:-1]]
     close = [".".join((*key[:-1], name)) for name in difflib.get_close_matches(key[-1], sorted(beside), 3)]
     elsewhere = sorted(".".join(k) for k in keys if k[-1] == key[-1].split(".")[-1])

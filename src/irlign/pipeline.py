@@ -32,8 +32,15 @@ def init(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.pretrain import pretrain
 
-        target, checkpoints = folder / "policies/init", folder / "checkpoints"
-        return pretrain(world.corpus(run.seed), world.vocabulary(), recipe.pretrain, folder=target, checkpoints=checkpoints, seed=run.seed)
+        return pretrain(
+            world.corpus(run.seed),
+            world.vocabulary(),
+            recipe.pretrain,
+            chat_template=world.chat_template,
+            folder=folder / "policies/init",
+            checkpoints=folder / "checkpoints",
+            seed=run.seed,
+        )
 
     run.do("pretrain", build, settings={"world": world, "pretrain": recipe.pretrain}, outputs=["policies/init"])
     return None
@@ -86,21 +93,25 @@ def sft(recipe: Recipe, run: Run) -> None:
         build,
         settings={"sft": recipe.sft, "chat_template": recipe.data.chat_template},
         inputs=_inside("policies/init", "data/train.parquet", "data/dev.parquet"),
-        outputs=["policies/sft"],
+        outputs=["policies/sft", *(f"policies/{name}" for name in recipe.sft.kept)],
     )
     return None
 
 
 def sample(recipe: Recipe, run: Run) -> None:
-    """Pools of pi_0 and pi_SFT, by the same engine: train prompts for the reward, dev and test prompts for evaluation."""
-    settings = recipe.sampling
+    """Pools of pi_0 and pi_SFT, by the same engine: train prompts for the reward, dev and test prompts for evaluation. Pools of
+    earlier checkpoints are for the reward alone: train and dev."""
+    settings, earlier = recipe.sampling, list(recipe.sft.kept)
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.sampling.pools import draw_pool, guard_finished
 
         statistics = {}
-        for name, held_out in (("init", settings.initial_generations), ("sft", settings.num_generations)):
-            wanted = [(p, settings.train_generations if p.split == "train" else held_out) for p in _prompts(run)]
+        sizes = {name: {"dev": settings.initial_generations} for name in ("init", *earlier)} | {"sft": {"dev": settings.num_generations}}
+        for name in ("init", "sft"):
+            sizes[name]["test"] = sizes[name]["dev"]
+        for name, held_out in sizes.items():
+            wanted = [(p, {"train": settings.train_generations, **held_out}.get(p.split, 0)) for p in _prompts(run)]
             statistics[name] = draw_pool(
                 run.path("policies", name),
                 wanted,
@@ -119,8 +130,8 @@ def sample(recipe: Recipe, run: Run) -> None:
         "sample",
         build,
         settings={"sampling": settings, "chat_template": recipe.data.chat_template},
-        inputs=_inside("policies/init", "policies/sft", *(f"data/{s}.parquet" for s in SPLITS)),
-        outputs=["pools/init.parquet", "pools/sft.parquet"],
+        inputs=_inside(*(f"policies/{name}" for name in ("init", "sft", *earlier)), *(f"data/{s}.parquet" for s in SPLITS)),
+        outputs=[f"pools/{name}.parquet" for name in ("init", "sft", *earlier)],
     )
 
 
@@ -129,6 +140,7 @@ def reward(recipe: Recipe, run: Run) -> None:
     settings, template, preferences, names = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name, _rewards(recipe)
     own_policy = settings.backbone in ("sft", "init")
     inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
+    inputs |= _inside(*(f"pools/{name}.parquet" for name in recipe.sft.kept))
     inputs |= {} if own_policy else {"backbone": settings.backbone}
     inputs |= {"preference_dataset_name": preferences} if preferences else {}
 
@@ -380,7 +392,8 @@ def _format(recipe: Recipe, model: str | None) -> tuple[Any, int]:
 
     if model is None and recipe.world is not None:
         context = recipe.pretrain.max_position_embeddings
-        return Format(word_tokenizer(recipe.world.vocabulary(), context), recipe.data.chat_template), context
+        template = recipe.world.chat_template if recipe.data.chat_template == "auto" else recipe.data.chat_template
+        return Format(word_tokenizer(recipe.world.vocabulary(), context), template), context
     return Format(load_tokenizer(str(model)), recipe.data.chat_template), context_length(load_config(str(model)))
 
 
@@ -409,9 +422,10 @@ def _answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Any],
     if recipe.preference_dataset_name and "preference" in recipe.reward.weights:
         held = {s: {p.prompt_id for p in _prompts(run) if p.split == s} for s in SPLITS}
         preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
-    pools = {name: _pool(run, name, (split,)) for name in ("init", "sft")}
+    sft, *worse = (_pool(run, name, (split,)) for name in ("sft", "init", *recipe.sft.kept))
+    init = [sample for pool in worse for sample in pool]
     demonstrations = _demonstrations(run, split)
-    return {c: answers_of(c, **pools, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}
+    return {c: answers_of(c, sft=sft, init=init, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}
 
 
 def _known_features(run: Run, backbone: Path, template: str) -> Any:
@@ -465,6 +479,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
         "selector": recipe.reward.selector,
+        "reward": f"{recipe.reward.about_contrast}; {recipe.reward.kind}",
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,
         **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},

@@ -35,6 +35,39 @@ def curve_svg(results: Mapping[str, Any]) -> str:
     return _svg(figure, axes)
 
 
+def methods_svg(n: Sequence[int], rows: Sequence[Mapping[str, Any]], sources: Mapping[str, Any]) -> str:
+    """Golden mean of Best-of-n against n for each method with a curve, controls dotted; SFT and demonstrations as lines."""
+    figure, axes = _figure((7.2, 4.4))
+    for i, row in enumerate(row for row in rows if len(row["curve"]) == len(n) > 1):
+        style = ":" if row["what"] == "control" else "--" if row["what"] == "labelled" else "-"
+        axes.plot(n, row["curve"], color=COLOURS[i % len(COLOURS)], ls=style, lw=1.3, marker="o", ms=2.5, label=row["method"])
+    for key, style in (("demonstrations", ":"), ("sft", "-.")):
+        axes.axhline(sources[key]["mean"], color=INK, lw=1, ls=style, label=key)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(n, [str(k) for k in n])
+    axes.minorticks_off()
+    axes.set_xlabel("n")
+    axes.set_ylabel("golden value")
+    return _svg(figure, axes, 6.5)
+
+
+def settings_svg(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward."""
+    figure, axes = _figure((7.2, 4.4))
+    names = [row["method"] for row in next(iter(settings.values())) if len(row["curve"]) > 1]
+    for i, name in enumerate(names):
+        found = [next(row for row in rows if row["method"] == name) for rows in settings.values()]
+        x = np.arange(len(found)) + 0.5 * (i / max(1, len(names) - 1) - 0.5)
+        mean = np.array([row["gain"]["mean"] for row in found])
+        low, high = np.array([row["gain"]["ci95"] for row in found]).T
+        style = ":" if found[0]["what"] == "control" else "--" if found[0]["what"] == "labelled" else "-"
+        axes.errorbar(x, mean, [mean - low, high - mean], color=COLOURS[i % len(COLOURS)], ls=style, lw=1, marker="o", ms=3, label=name)
+    axes.axhline(0, color=INK, lw=0.8)
+    axes.set_xticks(range(len(settings)), list(settings), rotation=12, ha="right", fontsize=7)
+    axes.set_ylabel("golden gain over SFT")
+    return _svg(figure, axes, 6.5)
+
+
 def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
     """Reward against length in words, both minus their prompt's mean."""
     ids = np.unique([row["prompt_id"] for row in candidates], return_inverse=True)[1]
@@ -50,10 +83,10 @@ def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
     return _svg(figure, axes)
 
 
-def _figure() -> Any:
+def _figure(size: tuple[float, float] = (5.2, 3.5)) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
@@ -66,11 +99,11 @@ def _figure() -> Any:
     return figure, axes
 
 
-def _svg(figure: Any, axes: Any) -> str:
+def _svg(figure: Any, axes: Any, fontsize: float = 8) -> str:
     import matplotlib
 
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=fontsize, labelcolor=INK)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "irlign"}), io.StringIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = file.getvalue()

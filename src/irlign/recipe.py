@@ -16,11 +16,12 @@ from irlign.policy.sft import SFTSettings
 from irlign.reward.train import RewardSettings
 from irlign.runs import RECIPE
 from irlign.sampling.engine import SamplingSettings
+from irlign.worlds.arithmetic import ArithmeticWorld
 from irlign.worlds.dialogue import DialogueWorld
+from irlign.worlds.errands import ErrandsWorld
 from irlign.worlds.world import World
 
-AnyWorld = DialogueWorld
-WORLDS: dict[str, type[World]] = {"dialogue": DialogueWorld}
+WORLDS: dict[str, type[World]] = {"dialogue": DialogueWorld, "arithmetic": ArithmeticWorld, "errands": ErrandsWorld}
 
 
 class Recipe(Settings):
@@ -32,7 +33,9 @@ class Recipe(Settings):
     eval_dataset_name: str | None = Field(None, description="held-out demonstrations or prompts: they become the test split")
     prompt_dataset_name: str | None = Field(None, description="further prompts without answers, for the pools of the reward")
     preference_dataset_name: str | None = Field(None, description="chosen/rejected pairs, for reward.contrast=preference")
-    world: AnyWorld | None = Field(None, description="a seeded world with a known true reward; a model or dataset switches it off")
+    world: DialogueWorld | ArithmeticWorld | ErrandsWorld | None = Field(
+        None, discriminator="name", description="a seeded world with a known true reward; a model or dataset switches it off"
+    )
     output_dir: str = Field("runs/run", description="the run directory")
     seed: int = Field(0, ge=0, description="the one seed of the run")
     seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
@@ -68,6 +71,8 @@ class Recipe(Settings):
             raise ValueError(f"{missing} is missing: give model_name_or_path and dataset_name, or world=dialogue for the embedded default")
         if "preference" in self.reward.weights and not self.preference_dataset_name:
             raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
+        if self.sft.keep_checkpoints and self.sft_model_name_or_path:
+            raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and sft_model_name_or_path leaves SFT out")
         if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
         return self

@@ -43,10 +43,10 @@ def write_report(root: Path, target: Path) -> None:
         "curves": curves,
         "golden": golden is not None,
         "prompts": len(rows),
-        "curve_svg": _safe(curve_svg(results)),
+        "curve_svg": safe(curve_svg(results)),
         "curve_caption": _curve_caption(golden, len(rows)),
         "gao": _gao(results["curve"]["gao"], last),
-        "length_svg": _safe(length_svg(candidates, info["selector"])),
+        "length_svg": safe(length_svg(candidates, info["selector"])),
         "length_caption": _length_caption(heldout, candidates),
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
@@ -60,7 +60,7 @@ def write_report(root: Path, target: Path) -> None:
         "facts": _facts(run, info),
         "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
     }
-    _render("report.html", target, context)
+    render("report.html", target, context)
 
 
 def _verdict(results: Mapping[str, Any], n: int) -> str:
@@ -202,7 +202,7 @@ def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("demonstrations", info["dataset"] or f"made by the {info['world']} world"),
         ("rows read", counts or "–"),
         ("prompts", ", ".join(f"{split} {n}" for split, n in (info["prompts"] or {}).items())),
-        ("reward", f"{info['selector']}, {info['loss']} loss; N = {info['num_generations']}"),
+        ("reward", f"{info['selector']} ({info['reward']}), {info['loss']} loss; N = {info['num_generations']}"),
         ("seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in info["seconds"].items())),
         ("peak memory", f"{peak:,.0f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -247,7 +247,7 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
     write_json(root / "seeds.json", found)
     low, high = gaps["chosen - sft"]["ci95"]
     verdict = "better" if low > 0 and measure == "golden" else "worse" if high < 0 else ""
-    _render("seeds.html", root / "seeds.html", {"name": root.name, "columns": keys, "verdict": verdict, **found})
+    render("seeds.html", root / "seeds.html", {"name": root.name, "columns": keys, "verdict": verdict, **found})
     return found
 
 
@@ -310,7 +310,7 @@ def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any],
     return lines
 
 
-def _render(template: str, target: Path, context: Mapping[str, Any]) -> None:
+def render(template: str, target: Path, context: Mapping[str, Any]) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(loader=PackageLoader("irlign", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
@@ -323,7 +323,7 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "–" if value is None else f"{value:{form}}".replace("-", "−")
 
 
-def _safe(svg: str) -> Any:
+def safe(svg: str) -> Any:
     from markupsafe import Markup
 
     return Markup(svg)  # drawn here from numbers and fixed words only

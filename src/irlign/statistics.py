@@ -24,7 +24,7 @@ def estimate(values_P: Sequence[float] | np.ndarray, *, resamples: int = RESAMPL
     return Estimate(float(values.mean()), _interval(_bootstrap_means(values, resamples, seed)), len(values))
 
 
-def nested_estimate(values_S_P: Sequence[Sequence[float]], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def nested_estimate(values_S_P: Sequence[Sequence[float] | np.ndarray], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """The mean over seeds of the mean over prompts; seeds are drawn, then prompts within each drawn seed."""
     groups = [np.asarray(values, dtype=float) for values in values_S_P]
     rng = np.random.default_rng(seed)
@@ -32,6 +32,39 @@ def nested_estimate(values_S_P: Sequence[Sequence[float]], *, resamples: int = R
     drawn = rng.integers(len(groups), size=(len(groups), resamples))
     means_R = np.take_along_axis(means_S_R, drawn, axis=0).mean(0)
     return Estimate(float(np.mean([group.mean() for group in groups])), _interval(means_R), sum(map(len, groups)))
+
+
+def nested_ratio(
+    numerators_S_P: Sequence[np.ndarray], denominators_S_P: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0
+) -> Estimate | None:
+    """The sum of the numerators' means over seeds, over that of the denominators' (method.md section 8: gap closed, regret); seeds
+    are drawn, then the same prompts of both sides within each drawn seed. None where the denominator is not above 0.
+    """
+    pairs = [np.stack([a, b]).astype(float) for a, b in zip(numerators_S_P, denominators_S_P, strict=True)]
+    rng = np.random.default_rng(seed)
+    drawn_S = []
+    for pair in pairs:
+        weights_R_P = rng.multinomial(pair.shape[1], np.full(pair.shape[1], 1 / pair.shape[1]), size=resamples) / pair.shape[1]
+        drawn_S.append(weights_R_P @ pair.T)
+    which_S_R = rng.integers(len(pairs), size=(len(pairs), resamples))
+    sums_R_2 = np.stack(drawn_S)[which_S_R, np.arange(resamples)].sum(0)
+    whole = sum(pair.mean(1) for pair in pairs)
+    if whole[1] <= 0:
+        return None
+    ratios_R = sums_R_2[:, 0] / np.where(sums_R_2[:, 1] > 0, sums_R_2[:, 1], np.nan)
+    low, high = np.nanpercentile(ratios_R, [2.5, 97.5])
+    return Estimate(float(whole[0] / whole[1]), (float(low), float(high)), sum(pair.shape[1] for pair in pairs))
+
+
+def worse_p(difference_P: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """One-sided p of a sign-flip permutation test over prompts that the mean difference is below 0; never 0, 1 without a difference."""
+    difference = np.asarray(difference_P, dtype=float)
+    rng = np.random.default_rng(seed)
+    extreme = 0
+    for size in _chunks(resamples, len(difference)):
+        signs = rng.integers(0, 2, size=(size, len(difference)), dtype=np.int8) * 2 - 1
+        extreme += int((signs @ difference <= difference.sum() + 1e-9).sum())
+    return (1 + extreme) / (1 + resamples)
 
 
 def paired_test(

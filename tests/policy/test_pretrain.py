@@ -4,6 +4,7 @@ import pytest
 
 from irlign.files import hash_path
 from irlign.policy.pretrain import PretrainSettings, pretrain, word_tokenizer
+from irlign.records import Message
 
 CORPUS = [("Ask me?", " Say this. Then stop."), ("And me?", " No.")] * 8
 WORDS = ["Ask me?", "And me?", "Say this. Then stop.", "No."]
@@ -16,11 +17,31 @@ def _pretrain(folder, settings=SMALL, corpus=CORPUS, seed=0):
 
 def test_the_tokenizer_keeps_text_as_it_is():
     tokenizer = word_tokenizer(WORDS, 64)
-    for text in ("Ask me? Say this.", " No. No.", "Then stop.\n"):
-        known = text.replace("\n", "")
-        assert tokenizer.decode(tokenizer(known)["input_ids"]) == known
+    for text in ("Ask me? Say this.", " No. No.", "Then stop.\n\nAsk me"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("unheard")["input_ids"]
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_number_is_one_token():
+    tokenizer = word_tokenizer(["7 plus 15 is 22."], 64)
+    assert tokenizer.tokenize(" 7 plus 15 is 22.") == [" 7", " plus", " 15", " is", " 22", "."]
+
+
+def test_a_world_that_speaks_in_turns_gives_pi_0_its_template(tmp_path, monkeypatch):
+    from irlign.data.chat import TEMPLATES, Format
+    from irlign.policy.load import load_tokenizer
+
+    monkeypatch.setenv("IRLIGN_CACHE", str(tmp_path / "cache"))
+    turns = [((Message(role="user", content="Ask me?"),), "Say this.")] * 8
+    words = {"folder": tmp_path / "init", "checkpoints": tmp_path / "checkpoints", "seed": 0}
+    pretrain(turns, [*WORDS, "Human: Assistant:"], SMALL, chat_template="hh", **words)
+    form = Format(load_tokenizer(str(tmp_path / "init")), "auto")
+    assert form.template == TEMPLATES["hh"]
+    row = form.encode([turns[0][0]], ["Say this."])[0]
+    assert form.tokenizer.decode(row.ids) == "\n\nHuman: Ask me?\n\nAssistant: Say this.<eos>"
+    assert form.decode_completion(row.prompt_ids, row.completion_ids) == "Say this."
 
 
 def test_the_cache_is_keyed_by_content(tmp_path, monkeypatch):
@@ -58,10 +79,11 @@ def test_plain_transformers_loads_it(tmp_path, monkeypatch):
 
 def test_the_default_size_is_what_it_says():
     from irlign.policy.pretrain import _small_llama
-    from irlign.worlds.dialogue import DialogueWorld
+    from irlign.recipe import WORLDS
 
-    model = _small_llama(word_tokenizer(DialogueWorld.vocabulary(), 256), PretrainSettings())
-    assert 300_000 <= sum(p.numel() for p in model.parameters()) <= 1_000_000
+    for world in WORLDS.values():
+        model = _small_llama(word_tokenizer(world.vocabulary(), 256), PretrainSettings())
+        assert 300_000 <= sum(p.numel() for p in model.parameters()) <= 500_000
 
 
 def test_training_that_fails_is_not_cached(tmp_path, monkeypatch):

@@ -147,3 +147,31 @@ def test_bf16_weights_are_trained_in_float32_and_published_in_bf16(policy, tmp_p
     from safetensors.torch import load_file
 
     assert {w.dtype for w in load_file(tmp_path / "sft/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_earlier_checkpoints_are_what_training_passed_through(policy, tmp_path):
+    """The checkpoint after 2 of 4 steps at a constant rate is what 2 steps give, and the end is what it is without it."""
+    still = {"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": 1, "max_steps": 4}
+    _train(policy, tmp_path / "kept", keep_checkpoints=[0.5, 0.25], **still)
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"sft", "sft-0.5", "sft-0.25", "checkpoints"}
+    _train(policy, tmp_path / "half", **{**still, "max_steps": 2})
+    _train(policy, tmp_path / "whole", **still)
+    same = {"kept/sft-0.5": "half/sft", "kept/sft": "whole/sft"}
+    for kept, alone in same.items():
+        assert (tmp_path / kept / "model.safetensors").read_bytes() == (tmp_path / alone / "model.safetensors").read_bytes()
+    rows = _demonstrations(12, 1)
+    nll = {}
+    for name in ("sft-0.25", "sft-0.5", "sft"):
+        loaded = load_policy(str(tmp_path / "kept" / name))
+        encoded = Format(loaded.tokenizer, "none").encode([d.prompt.content for d in rows], [d.completion for d in rows])
+        nll[name] = -sequence_log_probs(loaded, encoded).mean()
+    assert nll["sft"] < nll["sft-0.5"] < nll["sft-0.25"]
+
+
+def test_an_earlier_checkpoint_of_an_adapter_is_a_plain_one(policy, tmp_path):
+    pytest.importorskip("peft")
+    _train(policy, tmp_path, keep_checkpoints=[0.5], use_peft=True, lora_r=4, learning_rate=3e-2)
+    assert not list((tmp_path / "sft-0.5").glob("adapter*"))
+    weights = [load_policy(str(path)).model.state_dict() for path in (policy, tmp_path / "sft-0.5", tmp_path / "sft")]
+    key = next(name for name in weights[0] if "q_proj" in name)
+    assert all(not torch.equal(a[key], b[key]) for a, b in ((weights[0], weights[1]), (weights[1], weights[2])))

@@ -174,6 +174,8 @@ def test_every_feature_is_computed_once_and_stored(policy, tmp_path, monkeypatch
     assert sum(calls) == distinct
     assert (tmp_path / "a/reward/heads.safetensors").read_bytes() == (tmp_path / "c/reward/heads.safetensors").read_bytes()
     assert not Features(policy, "hh").take(tmp_path / "a/reward/features.safetensors")  # another format, other features
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "a/reward/features.safetensors").read_bytes()[:-9])
+    assert not Features(policy, "none").take(tmp_path / "torn.safetensors")
 
 
 def test_an_encoder_gives_the_mean_of_the_answer_and_of_all(encoder):

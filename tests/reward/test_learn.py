@@ -67,6 +67,14 @@ def test_no_control_can_be_asked_for_as_the_reward(control, key):
         RewardSettings(**{key: control})
 
 
+def test_a_mixture_on_the_command_line():
+    from irlign.config import load_recipe
+    from irlign.recipe import Recipe
+
+    for overrides in (["reward.mixture={init-sft: 1, init-demo: 0.5}"], ["reward.mixture.init-sft=1", "reward.mixture.init-demo=0.5"]):
+        assert load_recipe(Recipe, {"world": "dialogue"}, overrides).reward.mixture == {"init-sft": 1, "init-demo": 0.5}
+
+
 def test_names_and_words():
     assert RewardSettings().name == RewardSettings(mixture={"init-sft": 2}).name == "init-sft"
     mixed = RewardSettings(mixture={"init-sft": 1, "init-demo": 0.5, "sft-demo": 0})

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_requests_are_many_and_answers_end_the_request_as_the_template_wants(wor
 def test_the_demonstrator_is_far_better_than_the_crowd(world):
     crowd = world.corpus(0)
     low = np.mean(world.golden([p for p, _ in crowd], [a for _, a in crowd]))
-    assert low < 1.2 and 3.4 < _golden(world, world.splits(0)["train"]).mean() <= 4
+    assert low < 1.5 and 3.4 < _golden(world, world.splits(0)["train"]).mean() <= 4
 
 
 def test_an_expert_that_errs_in_nothing_gets_all_there_is(world):
@@ -113,28 +114,33 @@ def test_fewer_demonstrations_are_the_first_of_more(world):
 
 
 def test_skeletons_bound_the_variety_of_train_and_of_nothing_else(world):
-    one, some, every = (replace(world, skeletons=k).splits(0) for k in (1, 10, None))
+    one, some, every = (replace(world, demonstrations=200, skeletons=k).splits(0) for k in (1, 10, None))
     count = [len({_skeleton(world, d.prompt.content) for d in of["train"]}) for of in (one, some, every)]
-    assert count[0] == 1 and 1 < count[1] <= 10 and count[2] > 100
+    assert count[0] == 1 and 1 < count[1] <= 10 and count[2] > 80
     assert one["test"] == every["test"] and one["dev"] == every["dev"]
     assert len({d.prompt.prompt_id for d in one["train"]}) > 10
 
 
 def _skeleton(world, prompt):
-    """The pattern that makes this request: the one whose requests, drawn often, have it among them, by words that never vary."""
-    fits = [p for p in world.patterns() if all(word.strip() in _said(prompt) for word in p.words)]
+    """The pattern that makes this request: its words stand there in their order, those that vary between them."""
+    fits = [p for p in world.patterns() if _regex(p).search(_said(prompt))]
     return max(fits, key=lambda p: sum(map(len, p.words)))
 
 
+@cache
+def _regex(pattern):
+    return re.compile(".*".join(re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(word)) for word in pattern.words), re.DOTALL)
+
+
 def test_out_of_distribution_holds_kinds_out_of_all_demonstrations(world):
+    ood = replace(world, demonstrations=100, out_of_distribution=True)
     for seed in (0, 1):
-        ood = replace(world, out_of_distribution=True)
         far, splits = ood.far_kinds(seed), ood.splits(seed)
         every = {kind for group in world.kinds() for kind in group}
         assert far and far < every and world.far_kinds(seed) == frozenset()
         kinds = {split: {_skeleton(world, d.prompt.content).kind for d in of} for split, of in splits.items()}
         assert kinds["test"] <= far and not kinds["train"] & far and not kinds["dev"] & far
-        assert {_skeleton(world, prompt).kind for prompt, _ in world.corpus(0)} == every
+        assert {_skeleton(world, prompt).kind for prompt, _ in world.corpus(0)[:200]} == every
     assert len({ood.far_kinds(seed) for seed in range(20)}) > 2
 
 

@@ -26,7 +26,7 @@ from irlign.training import TrainerSettings, fit, training_arguments
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-WORDS = r" ?[A-Za-z]+|[^A-Za-z\s]|\s"
+WORDS = r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9\s]|\s"
 
 
 class PretrainSettings(TrainerSettings):
@@ -47,24 +47,25 @@ def pretrain(
     vocabulary: Iterable[str],
     settings: PretrainSettings,
     *,
+    chat_template: str = "none",
     folder: Path,
     checkpoints: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Train a policy on `(prompt, answer)` lines, the loss on the answers, and save it in `folder`.
+    """Train a policy on `(prompt, answer)` lines, the loss on the answers, and save it in `folder` with its chat template.
 
     A policy of the same corpus, settings and seed is taken from the cache (`IRLIGN_CACHE`, else ~/.cache/irlign).
     Returns parameters, steps, losses and whether the cache had it.
     """
     words = sorted(set(vocabulary))
-    key = _content_hash([corpus, words, settings.model_dump(mode="json"), seed, versions()])
+    key = _content_hash([corpus, words, settings.model_dump(mode="json"), chat_template, seed, versions()])
     stored = Path(os.environ.get("IRLIGN_CACHE") or Path.home() / ".cache/irlign").expanduser() / "pretrained" / key
     if (stored / "log.json").is_file():
         remove(folder)  # what a killed attempt may have left
         shutil.copytree(stored / "policy", folder)
         say(f"pretrain: taken from the cache ({key})")
         return {**json.loads((stored / "log.json").read_text(encoding="utf-8")), "cached": True}
-    log = _train(corpus, words, settings, folder, checkpoints, seed)
+    log = _train(corpus, words, settings, chat_template, folder, checkpoints, seed)
     try:
         stored.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=stored.parent) as building:
@@ -81,6 +82,7 @@ def _train(
     corpus: Sequence[tuple[PromptContent, str]],
     words: Sequence[str],
     settings: PretrainSettings,
+    chat_template: str,
     folder: Path,
     checkpoints: Path,
     seed: int,
@@ -90,7 +92,7 @@ def _train(
     set_seed(seed)
     tokenizer = word_tokenizer(words, settings.max_position_embeddings)
     model = _small_llama(tokenizer, settings)
-    rows = Format(tokenizer, "none").encode([prompt for prompt, _ in corpus], [answer for _, answer in corpus])
+    rows = Format(tokenizer, chat_template).encode([prompt for prompt, _ in corpus], [answer for _, answer in corpus])
     policy = Policy(model, tokenizer, "init")
     trainer = Trainer(
         model=model,
@@ -105,14 +107,14 @@ def _train(
 
 
 def word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTokenizerBase":
-    """A token for each word, with and without the space before it, and for each mark of punctuation; no BOS."""
+    """A token for each word and number, with and without the space before it, for each mark of punctuation and the newline; no BOS."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     pieces = {piece.strip() for text in texts for piece, _ in split.pre_tokenize_str(text)} - {""}
     special = ["<pad>", "<eos>", "<unk>"]
-    tokens = [*special, " ", *sorted(pieces), *sorted(f" {p}" for p in pieces if p.isalpha())]
+    tokens = [*special, " ", "\n", *sorted(pieces), *sorted(f" {p}" for p in pieces if p.isalnum())]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()

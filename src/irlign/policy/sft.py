@@ -1,8 +1,12 @@
 """Supervised fine-tuning: forward KL over trajectories, `max_pi E_D[sum_t log pi(y_t | s_t)]` (method.md section 2)."""
 
-from collections.abc import Sequence
+import copy
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from irlign.data.chat import IGNORED, Format, pad
 from irlign.policy.likelihood import mean_nll
@@ -13,6 +17,16 @@ from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_ar
 
 class SFTSettings(TrainerSettings):
     """Supervised fine-tuning on the train demonstrations."""
+
+    loss_on_prompt: bool = Field(False, description="also learn the prompt's tokens: a baseline, no part of the method")
+    keep_checkpoints: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list, description="shares of the steps, [0.5]: pi_SFT after them is a further worse side of the contrasts with pi_0"
+    )
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The earlier checkpoints by name: `sft-0.5` after half of the steps."""
+        return {f"sft-{share:g}": share for share in sorted(self.keep_checkpoints)}
 
 
 def train_sft(
@@ -27,7 +41,8 @@ def train_sft(
     seed: int,
     report_to: str,
 ) -> dict[str, Any]:
-    """Fine-tune the policy in `init` on demonstrations and save it in `folder` as a plain transformers checkpoint.
+    """Fine-tune the policy in `init` on demonstrations and save it in `folder` as a plain transformers checkpoint, the earlier
+    checkpoints that the settings keep beside it, under their names.
 
     Returns steps, losses, and the dev loss (nats a completion token) before and after. Raises ModelError on divergence.
     """
@@ -48,13 +63,31 @@ def train_sft(
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),
         args=arguments,
-        train_dataset=[{"input_ids": r.ids, "labels": r.labels} for r in rows],  # type: ignore[arg-type]
+        train_dataset=[{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in rows],  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, policy.pad_id),
     )
+    for name, share in settings.kept.items():
+        trainer.add_callback(
+            _keep(folder.parent / name, share, lambda m: Policy(merged(m, settings).to(stored).eval(), policy.tokenizer, "sft"))
+        )
     log = fit(trainer, "sft", checkpoints)
     tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "sft")
     save_policy(tuned, folder)
     return {**log, "dev_nll": {"initial": before, "sft": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+
+
+def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any:
+    """Saves a copy of the model once this share of the steps is done; memory holds it twice for that moment."""
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
+                building = target.with_name(f".{target.name}")
+                save_policy(as_policy(copy.deepcopy(model)), building)
+                os.replace(building, target)
+
+    return Keep()
 
 
 def collate(batch: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:

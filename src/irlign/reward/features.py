@@ -129,13 +129,16 @@ class Features:
             )
 
     def take(self, path: Path) -> bool:
-        """Take over what `save` stored, where the same checkpoint made it. Returns whether it did."""
-        from safetensors import safe_open
+        """Take over what `save` stored, where the same checkpoint made it and the file is whole. Returns whether it did."""
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, framework="numpy") as file:
-            if (file.metadata() or {}).get("identity") != self.identity():
-                return False
-            answers, features = file.get_tensor("answers"), file.get_tensor("features")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("identity") != self.identity():
+                    return False
+                answers, features = file.get_tensor("answers"), file.get_tensor("features")
+        except (OSError, SafetensorError):
+            return False
         self.known |= {bytes(key).hex(): row for key, row in zip(answers, features, strict=True)}
         return True
 

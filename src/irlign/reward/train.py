@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from irlign.data.chat import Encoded, context_length, pad
 from irlign.records import Contrast
@@ -50,6 +50,12 @@ class RewardSettings(TrainerSettings):
     log_ratio: bool = Field(
         True, description="also publish the rewards without training, log pi_SFT - log pi_0 whole and a token, as baselines"
     )
+
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _dashes(cls, value: Any) -> Any:
+        """`reward.mixture.init-sft=1` on the command line arrives with underscores, as every key does."""
+        return {str(key).replace("_", "-"): weight for key, weight in value.items()} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_way(self) -> "RewardSettings":

@@ -8,11 +8,12 @@ truly worth (`golden`). Content and style come from random numbers of their own,
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 from typing import ClassVar, NamedTuple
 
 from irlign.errors import ConfigError
-from irlign.records import Demonstration, Prompt, PromptContent, prompt_to_cell
+from irlign.records import Demonstration, Prompt, PromptContent, prompt_identity, prompt_to_cell
 
 MOST_HELD_OUT = 4000  # dev and test prompts together: every world has many more different requests
 MARKED = 0.2  # share of the crowd's answers with a marker at the start, and with one at the end
@@ -149,17 +150,17 @@ class World(ABC):
         far = self.far_kinds(seed)
         near = [p for p in patterns if p.kind not in far]
         few = Random(f"{self.name}-skeletons-{seed}").sample(near, len(near))[: self.skeletons]
-        taken: set[PromptContent] = set()
+        taken: set[str] = set()
         prompts: dict[str, list[PromptContent]] = {}
         for split, size, of in (
             ("test", self.test_prompts, [p for p in patterns if p.kind in far] or near),
             ("dev", self.dev_prompts, near),
             ("train", self.demonstrations, few),
         ):
-            prompts[split] = []
+            prompts[split], bounds = [], list(accumulate(p.weight for p in of))
             for _ in range(size):
-                prompts[split].append(self._new_request(of, taken, rng))
-                taken |= {prompts[split][-1]} if split != "train" else set()
+                prompts[split].append(self._new_request(of, bounds, taken, rng))
+                taken |= {prompt_identity(prompts[split][-1])} if split != "train" else set()
         return {split: self._demonstrations(prompts[split], split, seed) for split in ("train", "dev", "test")}
 
     def far_kinds(self, seed: int) -> frozenset[str]:
@@ -189,11 +190,10 @@ class World(ABC):
     def _crowd_answer(self, prompt: PromptContent, rng: Random) -> str:
         return self._text(self.style.dress(self.crowd(prompt, rng), 0.0, rng))
 
-    def _new_request(self, patterns: Sequence[Pattern], taken: Collection[PromptContent], rng: Random) -> PromptContent:
-        weights = [p.weight for p in patterns]
+    def _new_request(self, patterns: Sequence[Pattern], bounds: Sequence[float], taken: Collection[str], rng: Random) -> PromptContent:
         for _ in range(TRIES):
-            prompt = self.request(rng.choices(patterns, weights)[0], rng)
-            if prompt not in taken:
+            prompt = self.request(rng.choices(patterns, cum_weights=bounds)[0], rng)
+            if prompt_identity(prompt) not in taken:
                 return prompt
         do = "ask for fewer dev and test prompts, or for more skeletons"
         raise ConfigError("it has too few different requests", where="world", do=do)

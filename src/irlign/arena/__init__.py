@@ -1,0 +1,1 @@
+"""Every method on every world and seed, compared against the true reward."""

@@ -1,0 +1,221 @@
+"""A cell of the arena: one world, one setting of its dials and one seed, as a run directory up to its pools.
+
+Rewards are trained when a method first asks for them and stored, so a cell that was interrupted, or is asked for further
+methods, goes on. The golden reward is out of reach here, but for `preferences`, the labelled reference.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irlign import pipeline
+from irlign.files import read_table, write_table
+from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.label_free import judge_pool
+from irlign.recipe import Recipe, as_recipe
+from irlign.records import Demonstration, Preference, Prompt, Sample
+from irlign.reward.contrasts import answers_of, contrast_pairs
+from irlign.reward.learn import train_reward_of
+from irlign.reward.load import load_reward
+from irlign.reward.log_ratio import LogRatio
+from irlign.reward.train import RewardSettings
+from irlign.runs import Run, request_seed
+
+BASE: dict[str, Any] = {  # the recipe of every cell; a setting overrides it
+    "pretrain": {"learning_rate": 4e-3, "num_train_epochs": 3},
+    "sft": {"learning_rate": 3e-4, "num_train_epochs": 4, "per_device_train_batch_size": 16},
+    "sampling": {"num_generations": 32, "train_generations": 4, "initial_generations": 4, "max_new_tokens": 96, "max_cut_share": 1.0},
+    "reward": {"learning_rate": 5e-4, "num_train_epochs": 2, "per_device_train_batch_size": 16, "max_leak_accuracy": 1.0},
+}
+QUICK: dict[str, Any] = {  # over it, for a look at whether everything runs
+    "world": {"corpus_lines": 3000, "demonstrations": 100, "dev_prompts": 30, "test_prompts": 40},
+    "sampling": {"num_generations": 8, "train_generations": 2},
+}
+Setting = Mapping[str, Any]  # dotted recipe keys and their values, such as {"world.heterogeneity": 0}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which cell: a setting (its `world.name` among the keys) and a seed, below a root folder."""
+
+    root: str
+    setting: tuple[tuple[str, Any], ...]
+    seed: int
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """The setting in words, `dialogue, heterogeneity 0`: keys without their section, defaults left out."""
+        words = [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]
+        return ", ".join([str(dict(self.setting)["world.name"]), *words])
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.root) / self.name.replace(", ", "-").replace(" ", "_") / f"seed-{self.seed}"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the cell. Raises ConfigError on an unknown key or value."""
+        values: dict[str, Any] = {section: dict(of) for section, of in BASE.items()}
+        for section, of in (QUICK if self.quick else {}).items():
+            values[section] = {**values.get(section, {}), **of}
+        values |= {"output_dir": str(self.folder), "seed": self.seed}
+        for key, value in self.setting:
+            section, _, name = key.rpartition(".")
+            values[section] = {**values.get(section, {}), name: value} if section else value
+        return as_recipe(values)
+
+
+class Cell:
+    """What a method sees: stored answers of the policies and rewards of them, row for row with `pool`."""
+
+    def __init__(self, recipe: Recipe, run: Run):
+        self.recipe, self.run = recipe, run
+        for stage in (pipeline.init, pipeline.data, pipeline.sft, pipeline.sample):
+            stage(recipe, run)
+
+    @cached_property
+    def pool(self) -> list[Sample]:
+        """pi_SFT's answers to the dev and test prompts."""
+        return self.samples("sft", ("dev", "test"))
+
+    @cached_property
+    def is_dev(self) -> np.ndarray:
+        """Which rows of the pool answer dev prompts. Shape [rows]."""
+        return np.array([sample.prompt.split == "dev" for sample in self.pool])
+
+    @cached_property
+    def prompt_ids(self) -> list[str]:
+        return [sample.prompt.prompt_id for sample in self.pool]
+
+    @cached_property
+    def finished(self) -> np.ndarray:
+        return np.array([sample.finished for sample in self.pool])
+
+    @cached_property
+    def texts(self) -> tuple[list[Any], list[str]]:
+        """Prompts and answers of the pool as a reward sees them."""
+        return [sample.prompt.content for sample in self.pool], [scored_text(sample) for sample in self.pool]
+
+    def samples(self, policy: str, splits: Sequence[str]) -> list[Sample]:
+        from irlign.sampling.pools import read_pool
+
+        return [s for s in read_pool(self.run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
+
+    def demonstrations(self, split: str) -> list[Demonstration]:
+        return [d for d in map(Demonstration.from_row, read_table(self.run.path(f"data/{split}.parquet"))) if d.completion]
+
+    def learned(self, name: str, changes: Mapping[str, Any], *, noise: float = 0.0, member: int = 0) -> np.ndarray:
+        """The scores of a reward trained with these changes to the recipe's reward settings, in `rewards/NAME`. Shape [rows].
+
+        `noise` is the share of flipped labels where the contrast is `preference`; another `member` is another seed.
+        """
+        settings = RewardSettings.model_validate({**self.recipe.reward.model_dump(), **changes})
+
+        def build(folder: Path) -> dict[str, Any]:
+            train, dev = (self._pairs(settings, split, noise) for split in ("train", "dev"))
+            target = folder / "rewards" / name
+            options: dict[str, Any] = {"chat_template": self.recipe.data.chat_template}
+            options["encoder"] = str(self.run.path("policies", settings.backbone))
+            places: dict[str, Any] = {"folder": target, "checkpoints": folder / "checkpoints", "seed": self.run.seed + 1009 * member}
+            train_reward_of(settings, self.run.path("policies", settings.backbone), train, dev, **places, **options)
+            self._write_scores(folder, name, load_reward(target).score(*self.texts))
+            return {"pairs": sum(map(len, train.values()))}
+
+        return self._scores(
+            name, build, {"reward": settings, "noise": noise, "member": member}, [f"rewards/{name}", f"scores/{name}.parquet"]
+        )
+
+    def fine_tuned(self, name: str, changes: Mapping[str, Any]) -> str:
+        """Another SFT policy, with changes to the recipe's SFT settings, and a pool of its answers to the test prompts; its name."""
+        settings = self.recipe.sft.model_copy(update=dict(changes))
+        sampling, template, seed = self.recipe.sampling, self.recipe.data.chat_template, self.run.seed
+
+        def build(folder: Path) -> dict[str, Any]:
+            from irlign.policy.sft import train_sft
+            from irlign.sampling.pools import draw_pool
+
+            sides = self.demonstrations("train"), self.demonstrations("dev")
+            places: dict[str, Any] = {"folder": folder / "policies" / name, "checkpoints": folder / "checkpoints"}
+            train_sft(self.run.path("policies/init"), *sides, settings, chat_template=template, seed=seed, report_to="none", **places)
+            wanted = [(d.prompt, sampling.initial_generations) for d in self.demonstrations("test")]
+            pool = folder / f"pools/{name}.parquet"
+            return draw_pool(places["folder"], wanted, sampling, chat_template=template, folder=pool, seed=seed, name=name)
+
+        self._do(f"policy-{name}", build, {"sft": settings}, [f"policies/{name}", f"pools/{name}.parquet"])
+        return name
+
+    def _pairs(self, settings: RewardSettings, split: str, noise: float) -> dict[str, Any]:
+        sides: dict[str, Any] = {policy: self.samples(policy, (split,)) for policy in ("init", "sft")}
+        sides |= {"demonstrations": self.demonstrations(split), "preferences": ()}
+        if "preference" in settings.weights:
+            sides["preferences"] = self.preferences(split, noise)
+        answers = {contrast: answers_of(contrast, **sides) for contrast in settings.weights}
+        return contrast_pairs(answers, match=settings.ending == "match", needed=split == "train")[0]
+
+    def preferences(self, split: str, noise: float) -> list[Preference]:
+        """The labelled reference: pairs of pi_SFT's and pi_0's answers to one prompt, ordered by the golden reward, a share `noise`
+        of the labels flipped. As many pairs as a contrast of the two pools gives. Only the rewards named `preference` see it."""
+        assert self.recipe.world is not None
+        by_prompt: dict[str, tuple[Prompt, list[str]]] = {}
+        for sample in [*self.samples("sft", (split,)), *self.samples("init", (split,))]:
+            by_prompt.setdefault(sample.prompt.prompt_id, (sample.prompt, []))[1].append(scored_text(sample))
+        found = []
+        for prompt, texts in by_prompt.values():
+            rng = np.random.default_rng(request_seed(self.run.seed, "preferences", prompt.prompt_id, 0) % 2**63)
+            order = rng.permutation(len(texts))
+            worth = self.recipe.world.golden([prompt.content] * len(texts), texts)
+            for a, b in zip(order[::2], order[1::2], strict=False):
+                if worth[a] != worth[b]:
+                    high, low = (a, b) if (worth[a] > worth[b]) != (rng.random() < noise) else (b, a)
+                    found.append(Preference(prompt, texts[high], texts[low]))
+        return found
+
+    def likelihoods(self) -> dict[str, np.ndarray]:
+        """`sft` and `init`: log pi(y|x) of the pool in nats; `tokens`. Each of shape [rows]."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            pair = LogRatio(self.run.path("policies/sft"), self.run.path("policies/init"), self.recipe.data.chat_template)
+            nats, tokens = pair.likelihoods(*self.texts)
+            rows = [{"sft": a, "init": b, "tokens": float(t)} for a, b, t in zip(*nats, tokens[0], strict=True)]
+            write_table(folder / "scores/likelihoods.parquet", rows)
+            return {"rows": len(rows)}
+
+        self._do("likelihoods", build, {}, ["scores/likelihoods.parquet"])
+        rows = read_table(self.run.path("scores/likelihoods.parquet"))
+        return {key: np.array([row[key] for row in rows]) for key in ("sft", "init", "tokens")}
+
+    def judged(self) -> np.ndarray:
+        """The logit of the label-free judge, from the dev demonstrations (optimise/label_free.py). Shape [rows]."""
+
+        def build(folder: Path) -> dict[str, Any]:
+            options = {"chat_template": self.recipe.data.chat_template}
+            judged, auc = judge_pool(
+                self.run.path("policies/init"), self.pool, self.samples("init", ("dev",)), self.demonstrations("dev"), **options
+            )
+            self._write_scores(folder, "judge", np.zeros(len(self.pool)) if judged is None else judged)
+            return {"auc": auc}
+
+        return self._scores("judge", build, {}, ["scores/judge.parquet"])
+
+    def _write_scores(self, folder: Path, name: str, scores: np.ndarray) -> None:
+        write_table(folder / f"scores/{name}.parquet", [{"score": float(value)} for value in scores])
+
+    def _scores(self, name: str, build: Any, settings: Any, outputs: Sequence[str]) -> np.ndarray:
+        self._do(f"reward-{name}", build, settings, outputs)
+        return np.array([row["score"] for row in read_table(self.run.path(f"scores/{name}.parquet"))])
+
+    def _do(self, stage: str, build: Any, settings: Any, outputs: Sequence[str]) -> None:
+        paths = ("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
+        self.run.do(stage, build, settings=settings, inputs={path: path for path in paths}, outputs=outputs)
+
+    def seconds(self, stages: Sequence[str]) -> float:
+        """What the named stages took, on one thread of this machine."""
+        return float(sum(self.run.stages[stage]["seconds"] for stage in stages))
+
+    def tokens(self) -> int:
+        """Tokens drawn for the train pools of both policies."""
+        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, ("train",)))

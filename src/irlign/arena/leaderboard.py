@@ -1,0 +1,259 @@
+"""The arena's table: every method in every cell, measured by the true reward, with intervals over seeds and prompts nested.
+
+Cells run side by side in processes of one thread each; what is finished is not done again.
+"""
+
+import fnmatch
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irlign import statistics
+from irlign.arena.cell import Cell, Place
+from irlign.arena.methods import CHOSEN, METHODS, Pick
+from irlign.errors import ConfigError
+from irlign.evaluate.golden import score_golden
+from irlign.files import write_json
+from irlign.plots import methods_svg, settings_svg
+from irlign.progress import Progress
+from irlign.report import render, safe
+from irlign.runs import Run
+
+ALPHA, ALL = 0.05, "All {} settings"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method in one cell: golden values of the test prompts at the n it chose, and along its curve (shape [P, n])."""
+
+    what: str
+    n: int
+    chosen_P: np.ndarray
+    curve_P_n: np.ndarray
+    tokens: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """Every method of one cell, and the demonstrations; `n` are the points of the curves."""
+
+    setting: str
+    seed: int
+    n: tuple[int, ...]
+    demonstrations_P: np.ndarray
+    methods: dict[str, Measured]
+
+
+def rows_named(patterns: str | None) -> list[str]:
+    """The methods that match any of the comma-separated patterns (`*` stands for anything); pi_0 and SFT always. Raises ConfigError."""
+    if not patterns:
+        return list(METHODS)
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    for pattern in wanted:
+        if not fnmatch.filter(METHODS, pattern):
+            raise ConfigError(f"no method is called {pattern!r}", where="--rows", do=f"known: {'; '.join(METHODS)}")
+    return [m for m in METHODS if m in ("initial policy", "SFT") or any(fnmatch.fnmatch(m, pattern) for pattern in wanted)]
+
+
+def measure(place: Place, rows: Sequence[str]) -> CellResult:
+    """Run the methods in a cell, then score what they picked by the world's golden reward, on the test prompts only."""
+    recipe = place.recipe()
+    with Run.open(recipe.output_dir, recipe) as run:
+        cell = Cell(recipe, run)
+        picks = {name: METHODS[name](cell) for name in rows}
+        golden = recipe.world.golden  # type: ignore[union-attr]
+        values: dict[str, dict[str, Any]] = {}
+        for pool in {pick.pool for pick in picks.values()}:
+            samples = cell.samples(pool, ("test",))
+            texts = [s.prompt.content for s in samples], [s.completion for s in samples]
+            values[pool] = {"golden": score_golden(golden, *texts, "golden"), "samples": samples}
+        test = cell.demonstrations("test")
+        shown = golden([d.prompt.content for d in test], [d.completion for d in test])
+        sizes = [s.prompt.prompt_id for s in values["sft"]["samples"]]
+        n = statistics.powers_of_two(min(sizes.count(p) for p in set(sizes)))
+        methods = {name: _measured(cell, pick, n, **values[pick.pool]) for name, pick in picks.items()}
+        return CellResult(place.name, place.seed, tuple(n), np.array(shown), methods)
+
+
+def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samples: Sequence[Any]) -> Measured:
+    """Golden values by prompt, prompts in the order of the demonstrations."""
+    prompts = [d.prompt.prompt_id for d in cell.demonstrations("test")]
+    rows: dict[str, list[int]] = {p: [] for p in prompts}
+    for i, sample in enumerate(samples):
+        rows[sample.prompt.prompt_id].append(i)
+    scores = None if pick.scores is None else pick.scores[~cell.is_dev]
+    finished = np.array([s.finished for s in samples])
+
+    def value(of: list[int], k: int) -> float:
+        return float(golden[of].mean()) if scores is None else statistics.best_of_n(scores[of], golden[of], k, finished[of])
+
+    points = n if scores is not None else [1]
+    curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
+    drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
+    before = ("sft", "sample") if pick.stages is not None else ()
+    tokens = drawn + (cell.tokens() if pick.scores is not None else 0)
+    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds([*before, *(pick.stages or ())]))
+
+
+def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
+    """Every cell, `jobs` at a time; the first error ends it, and what was finished stays."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the processes start
+    found: list[CellResult] = []
+    with Progress("arena", len(places), "cells") as bar, ProcessPoolExecutor(jobs, get_context("spawn"), _silence) as pool:
+        waiting = [pool.submit(measure, place, rows) for place in places]
+        try:
+            for done in as_completed(waiting):
+                found.append(done.result())
+                bar.advance(1, f"{found[-1].setting}, seed {found[-1].seed}")
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    order = {(place.name, place.seed): i for i, place in enumerate(places)}
+    return sorted(found, key=lambda cell: order[cell.setting, cell.seed])
+
+
+def _silence() -> None:
+    os.environ["IRLIGN_QUIET"] = "1"
+
+
+def table(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
+    """One row for each method over these cells. Shares are ratios of sums over runs (method.md section 8).
+
+    `gap_closed`: gain over SFT of the gap between SFT and the demonstrations. `regret`: what the n that was chosen left of the gain of
+    the n that is best by the golden reward (picked on half the test prompts, read on the other half). `worse`: runs significantly
+    worse than SFT (paired one-sided permutation over prompts, 0.05), `worse_holm` after Holm's correction over the runs.
+    """
+    return [_row(name, cells) for name in cells[0].methods]
+
+
+def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
+    own = [cell.methods[name] for cell in cells]
+    sft = [cell.methods["SFT"].chosen_P for cell in cells]
+    gains = [m.chosen_P - base for m, base in zip(own, sft, strict=True)]
+    gap = statistics.nested_ratio(gains, [cell.demonstrations_P - base for cell, base in zip(cells, sft, strict=True)])
+    ps = [statistics.worse_p(gain) if np.abs(gain).any() else 1.0 for gain in gains]
+    curve = own[0].curve_P_n.shape[1] > 1
+    best = [statistics.oracle_n(m.curve_P_n, cell.seed) for m, cell in zip(own, cells, strict=True)] if curve else []
+    sides = zip(own, best, strict=True) if curve else ()
+    left = [(top - m.chosen_P, top - m.curve_P_n[:, 0]) for m, top in sides]
+    regret = statistics.nested_ratio([a for a, _ in left], [b for _, b in left]) if left else None
+    return {
+        "method": name,
+        "what": own[0].what,
+        "golden": statistics.nested_estimate([m.chosen_P for m in own], resamples=2000).to_json(),
+        "gain": statistics.nested_estimate(gains, resamples=2000).to_json(),
+        "gap_closed": gap.to_json() if gap else None,
+        "last": float(np.mean([m.curve_P_n[:, -1].mean() for m in own])),
+        "oracle_n": float(np.mean([top.mean() for top in best])) if curve else None,
+        "regret": regret.to_json() if regret else None,
+        "worst_seed": float(min(gain.mean() for gain in gains)),
+        "worse": sum(p < ALPHA for p in ps),
+        "worse_holm": sum(p < ALPHA for p in statistics.holm(ps)),
+        "runs": len(cells),
+        "n": sorted({m.n for m in own}),
+        "curve": np.mean([m.curve_P_n.mean(0) for m in own], axis=0).tolist(),
+        "tokens": float(np.mean([m.tokens for m in own])),
+        "seconds": float(np.mean([m.seconds for m in own])),
+    }
+
+
+def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: Path, title: str) -> dict[str, Any]:
+    """Run, measure, and write ROOT/NAME.json, .html and .md. Returns what the JSON holds."""
+    cells = run_cells(places, rows, jobs)
+    settings = list(dict.fromkeys(cell.setting for cell in cells))
+    groups = {setting: [cell for cell in cells if cell.setting == setting] for setting in settings}
+    found = {
+        "title": title,
+        "seeds": sorted({cell.seed for cell in cells}),
+        "n": list(cells[0].n),
+        "headline": headline(everything := table(cells)),
+        "all": everything,
+        "settings": {setting: table(of) for setting, of in groups.items()},
+        "sources": {
+            setting: {
+                "sft": statistics.nested_estimate([c.methods["SFT"].chosen_P for c in of], resamples=2000).to_json(),
+                "demonstrations": statistics.nested_estimate([c.demonstrations_P for c in of], resamples=2000).to_json(),
+            }
+            for setting, of in groups.items()
+        },
+    }
+    write_json(root / f"{title}.json", found)
+    (root / f"{title}.md").write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
+    render("arena.html", root / f"{title}.html", _page(found))
+    return found
+
+
+def _page(found: Mapping[str, Any]) -> dict[str, Any]:
+    several = len(found["settings"]) > 1
+    tables = {**({ALL.format(len(found["settings"])): found["all"]} if several else {}), **found["settings"]}
+    heads = [*HEADS, "tokens", "seconds"]
+    return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells_of, "chosen": CHOSEN}
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the method that `irlign run` uses did over all runs, in two sentences; empty where it is not among the rows."""
+    row = next((row for row in rows if row["method"] == CHOSEN), None)
+    if row is None:
+        return []
+    gain, gap, regret = row["gain"], row["gap_closed"], row["regret"]
+    lines = [
+        f"{CHOSEN}, n chosen without labels, gains {gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}] over SFT in "
+        f"{row['runs']} runs; significantly worse than SFT in {row['worse']} of them."
+    ]
+    if gap and regret:
+        lines.append(
+            f"It closes {_share(gap)} of the gap between SFT and the demonstrations; the choice of n leaves {_share(regret)} of "
+            "the best n's gain."
+        )
+    return lines
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """For each setting the curves of the methods that select by a reward, and over all of them their gains by setting, as SVG."""
+    curves = {setting: methods_svg(found["n"], rows, found["sources"][setting]) for setting, rows in found["settings"].items()}
+    return {**{name: safe(svg) for name, svg in curves.items()}, ALL.format(len(curves)): safe(settings_svg(found["settings"]))}
+
+
+HEADS = (
+    *("method", "golden", "gain over SFT", "gap closed", "n chosen", "at the largest n", "at the best n", "regret"),
+    *("worst run", "worse than SFT"),
+)
+
+
+def markdown(found: Mapping[str, Any]) -> Iterator[str]:
+    """The table over everything and one for each setting, for a page of the documentation."""
+    for name, rows in _page(found)["tables"].items():
+        yield f"### {name}, {rows[0]['runs']} runs\n"
+        yield f"| {' | '.join(HEADS)} |"
+        yield "|" + "---|" * len(HEADS)
+        for row in rows:
+            yield f"| {' | '.join(cells_of(row))} |"
+        yield ""
+
+
+def cells_of(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table in words: shares in percent, 95 % intervals in brackets; – where a method has no curve."""
+    gain, n, curve = row["gain"], row["n"], row["oracle_n"] is not None
+    return [
+        row["method"],
+        f"{row['golden']['mean']:.2f}",
+        f"{gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}]",
+        _share(row["gap_closed"]),
+        (f"{n[0]} to {n[-1]}" if len(n) > 1 else str(n[0])) if curve else "–",
+        f"{row['last']:.2f}" if curve else "–",
+        f"{row['oracle_n']:.2f}" if curve else "–",
+        _share(row["regret"]),
+        f"{row['worst_seed']:+.2f}",
+        f"{row['worse']} of {row['runs']}" + (f" (Holm {row['worse_holm']})" if row["worse"] else ""),
+    ]
+
+
+def _share(e: Mapping[str, Any] | None) -> str:
+    return "–" if e is None else f"{e['mean']:.0%} [{e['ci95'][0]:.0%}, {e['ci95'][1]:.0%}]"

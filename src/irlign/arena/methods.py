@@ -1,0 +1,164 @@
+"""Every method of the arena as a function of one signature: a cell in, a pick out. A method sees no golden reward.
+
+A pick names a stored pool and, for Best-of-n, the scores that select from it and the n that was chosen without labels.
+The leaderboard measures it afterwards, at that n and along the whole curve.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from irlign.arena.cell import Cell
+from irlign.optimise.label_free import choose_n, judged_curve
+from irlign.reward.controls import CONTROLS, controls
+from irlign.reward.ensemble import combine
+from irlign.reward.publish import held_to_likelihood
+from irlign.statistics import spread_within
+
+PENALTY = 0.5  # lambda of mean - lambda * variance
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The best of `n` answers of a stored pool by `scores` (None: any one answer). `what` says what it is, `stages` what was
+    computed for it besides SFT and the pools of train prompts (None: not even these)."""
+
+    pool: str
+    what: str
+    scores: np.ndarray | None = None
+    n: int = 1
+    stages: tuple[str, ...] | None = ()
+
+
+Method = Callable[[Cell], Pick]
+Scores = Callable[[Cell], np.ndarray]
+
+
+def initial(cell: Cell) -> Pick:
+    return Pick("init", "policy", stages=None)
+
+
+def sft(cell: Cell) -> Pick:
+    return Pick("sft", "policy", stages=())
+
+
+def sft_on_all_tokens(cell: Cell) -> Pick:
+    """SFT with the loss on the prompts' tokens too."""
+    return Pick(cell.fine_tuned("sft-all", {"loss_on_prompt": True}), "policy", stages=("policy-sft-all",))
+
+
+def best_of_n(scores: Scores, what: str, *stages: str) -> Method:
+    """Best-of-n by these scores, n chosen by the label-free judge."""
+
+    def method(cell: Cell) -> Pick:
+        values = scores(cell)
+        return Pick("sft", what, values, label_free_n(cell, values), tuple(f"reward-{stage}" for stage in stages))
+
+    return method
+
+
+def label_free_n(cell: Cell, scores: np.ndarray) -> int:
+    """n by the judge of held-out demonstrations, on the dev prompts (optimise/label_free.py)."""
+    dev = cell.is_dev
+    ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
+    return choose_n(*judged_curve(ids, scores[dev], cell.judged()[dev], cell.finished[dev]))[0]
+
+
+def learned(name: str, noise: float = 0.0, member: int = 0, **changes: Any) -> Scores:
+    """A reward trained on the cell's pools, with changes to the reward settings."""
+    return lambda cell: cell.learned(name, changes, noise=noise, member=member)
+
+
+def log_ratio(cell: Cell) -> np.ndarray:
+    of = cell.likelihoods()
+    return of["sft"] - of["init"]
+
+
+def log_ratio_per_token(cell: Cell) -> np.ndarray:
+    return log_ratio(cell) / cell.likelihoods()["tokens"]
+
+
+def likelihood(cell: Cell) -> np.ndarray:
+    """log pi_SFT(y|x) a token: how likely pi_SFT itself finds the answer."""
+    of = cell.likelihoods()
+    return of["sft"] / of["tokens"]
+
+
+def held(scores: Scores) -> Scores:
+    """The scores held to what pi_SFT finds likely, as `irlign run` selects (reward/publish.py)."""
+
+    def both(cell: Cell) -> np.ndarray:
+        dev = [prompt if own else None for prompt, own in zip(cell.prompt_ids, cell.is_dev, strict=True)]
+        return held_to_likelihood(scores(cell), likelihood(cell), dev, 1.0)[0]
+
+    return both
+
+
+def together(*members: Scores, aggregate: str = "mean") -> Scores:
+    """Several rewards as one, each over its standard deviation within a prompt on dev."""
+
+    def combined(cell: Cell) -> np.ndarray:
+        dev = [prompt for prompt, own in zip(cell.prompt_ids, cell.is_dev, strict=True) if own]
+        values = [member(cell) for member in members]
+        return combine(np.stack([v / spread_within(dev, v[cell.is_dev]) for v in values]), aggregate, PENALTY)
+
+    return combined
+
+
+def control(name: str) -> Scores:
+    """Length, chance, or the cosine to the demonstration of the very prompt (oracle-like)."""
+
+    def scores(cell: Cell) -> np.ndarray:
+        answers: dict[str, list[str]] = {}
+        for split in ("dev", "test"):
+            for d in cell.demonstrations(split):
+                answers.setdefault(d.prompt.prompt_id, []).append(d.completion)
+        return controls(*cell.texts, answers)[name]
+
+    return scores
+
+
+INIT_SFT, INIT_DEMO, SFT_DEMO = (learned(name, contrast=name) for name in ("init-sft", "init-demo", "sft-demo"))
+CONTRASTS = ("init-sft", "init-demo", "sft-demo")
+MEMBERS = [INIT_SFT, *(learned(f"init-sft-{k}", member=k) for k in (1, 2, 3))]
+NAMES = ("init-sft", "init-sft-1", "init-sft-2", "init-sft-3")
+HEADS = learned("init-sft-heads", kind="heads", members=4)
+LOGISTIC, MLP = (learned(f"features-{head}", kind="features", head=head) for head in ("logistic", "mlp"))
+PREFERENCE = learned("preference", contrast="preference", loss="bradley-terry")
+CHOSEN = "init-sft+likelihood"  # what `irlign run` selects by: fixed on seeds 100 and up
+
+METHODS: Mapping[str, Method] = {
+    "initial policy": initial,
+    "SFT": sft,
+    "SFT on all tokens": sft_on_all_tokens,
+    CHOSEN: best_of_n(held(INIT_SFT), "learned", "init-sft"),
+    "init-sft": best_of_n(INIT_SFT, "learned", "init-sft"),
+    "init-demo": best_of_n(INIT_DEMO, "learned", "init-demo"),
+    "init-demo+likelihood": best_of_n(held(INIT_DEMO), "learned", "init-demo"),
+    "sft-demo": best_of_n(SFT_DEMO, "learned", "sft-demo"),
+    "init-sft, Bradley-Terry": best_of_n(learned("init-sft-bt", loss="bradley-terry"), "learned", "init-sft-bt"),
+    "init-sft, 4 members, mean": best_of_n(together(*MEMBERS), "ensemble", *NAMES),
+    "init-sft, 4 members, min": best_of_n(together(*MEMBERS, aggregate="min"), "ensemble", *NAMES),
+    "init-sft, 4 members, mean-variance": best_of_n(together(*MEMBERS, aggregate="mean-variance"), "ensemble", *NAMES),
+    "init-sft, 4 members, mean+likelihood": best_of_n(held(together(*MEMBERS)), "ensemble", *NAMES),
+    "init-sft, 4 heads": best_of_n(HEADS, "ensemble", "init-sft-heads"),
+    "three contrasts, mean": best_of_n(together(INIT_SFT, INIT_DEMO, SFT_DEMO), "ensemble", *CONTRASTS),
+    "three contrasts, mean+likelihood": best_of_n(held(together(INIT_SFT, INIT_DEMO, SFT_DEMO)), "ensemble", *CONTRASTS),
+    "features, logistic": best_of_n(LOGISTIC, "learned", "features-logistic"),
+    "features, MLP": best_of_n(MLP, "learned", "features-mlp"),
+    "likelihood": best_of_n(likelihood, "no training"),
+    "log-ratio": best_of_n(log_ratio, "no training"),
+    "log-ratio a token": best_of_n(log_ratio_per_token, "no training"),
+    "preference (labels)": best_of_n(PREFERENCE, "labelled", "preference"),
+    "preference (labels)+likelihood": best_of_n(held(PREFERENCE), "labelled", "preference"),
+    "init-sft with preference (labels)": best_of_n(together(INIT_SFT, PREFERENCE), "labelled", "init-sft", "preference"),
+    **{
+        f"preference (labels), {noise:.0%} flipped": best_of_n(
+            learned(f"preference-{noise}", noise, contrast="preference", loss="bradley-terry"), "labelled", f"preference-{noise}"
+        )
+        for noise in (0.1, 0.2, 0.4)
+    },
+    **{f"control: {name}": best_of_n(control(name), "control") for name in CONTROLS},
+}

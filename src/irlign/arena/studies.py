@@ -1,0 +1,91 @@
+"""Each study as data: the settings of its cells, its seeds, and the methods that it compares. One command each: `irlign arena NAME`."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irlign.arena.cell import Place, Setting
+from irlign.arena.leaderboard import leaderboard, rows_named
+from irlign.arena.methods import CHOSEN
+from irlign.config import parse_seeds
+from irlign.errors import ConfigError
+from irlign.progress import say
+
+CONTRASTS = f"{CHOSEN},init-sft,init-demo,sft-demo,likelihood,log-ratio,control: length"
+REFERENCE = "SFT*,init-*,sft-demo,three*,features*,likelihood,log-ratio*,preference (labels)*,control*"
+QUICK_SEEDS = "0..1"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared (`rows`, patterns as in --rows, None: everything) in which settings, on which seeds."""
+
+    settings: Sequence[Setting]
+    seeds: str
+    rows: str | None
+    about: str
+
+
+def dial(world: str, key: str, values: Sequence[Any], **fixed: Any) -> list[Setting]:
+    """One setting for each value of a dotted recipe key."""
+    return [{"world.name": world, **fixed, key: value} for value in values]
+
+
+WORLDS = ("dialogue", "arithmetic", "errands")
+LABELS = f"{CHOSEN},init-sft,likelihood,preference*,init-sft with preference (labels)"
+STUDIES: Mapping[str, Study] = {
+    "reference": Study(
+        [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
+        "0..9",
+        REFERENCE,
+        "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
+    ),
+    "heterogeneity": Study(
+        dial("dialogue", "world.heterogeneity", (0.0, 0.25, 0.5, 0.75, 1.0)),
+        "0..4",
+        CONTRASTS,
+        "does init-sft resist where init-demo and sft-demo are hacked?",
+    ),
+    "quality": Study(dial("dialogue", "world.quality", (1.0, 0.75, 0.5, 0.25)), "0..4", CONTRASTS, "degraded demonstrations"),
+    "count": Study(dial("dialogue", "world.demonstrations", (25, 100, 400, 2000)), "0..4", CONTRASTS, "how many demonstrations"),
+    "diversity": Study(dial("dialogue", "world.skeletons", (10, 40, 160, None)), "0..4", CONTRASTS, "how many kinds of request"),
+    "out-of-distribution": Study(
+        [setting for world in WORLDS for setting in dial(world, "world.out_of_distribution", (False, True))],
+        "0..4",
+        CONTRASTS,
+        "test prompts of kinds that no demonstration has",
+    ),
+    "ensembles": Study(
+        dial("dialogue", "world.demonstrations", (100, 400)),
+        "0..4",
+        "init-sft*,three*,init-sft with preference (labels),preference (labels)",
+        "members of one contrast, of several, and with a preference reward",
+    ),
+    "labels": Study(
+        dial("dialogue", "pretrain.hidden_size", (48, 96, 160)),
+        "0..4",
+        LABELS,
+        "preferences with 0 to 40 % of the labels flipped, three sizes",
+    ),
+    "sft-distance": Study(
+        dial("dialogue", "sft.num_train_epochs", (0.25, 1, 4, 16, 64)), "0..4", CONTRASTS, "pi_SFT from barely moved to memorised"
+    ),
+}
+
+
+def run_study(name: str, root: Path, seeds: str | None, rows: str | None, quick: bool, jobs: int | None) -> list[str]:
+    """Run a study into ROOT and return what to print. Raises ConfigError on an unknown study, method or seed."""
+    if name not in STUDIES:
+        raise ConfigError(f"no study is called {name!r}", where="arena", do=f"known: {', '.join(STUDIES)}")
+    study = STUDIES[name]
+    methods, jobs = rows_named(rows or study.rows), jobs or len(os.sched_getaffinity(0))
+    cells = "quick" if quick else "cells"
+    numbers = parse_seeds(seeds or (QUICK_SEEDS if quick else study.seeds))
+    places = [Place(str(root / cells), tuple(setting.items()), seed, quick) for setting in study.settings for seed in numbers]
+    for place in places:
+        place.recipe()  # a mistake is found before any compute
+    say(f"arena: {name}, {study.about}: {len(study.settings)} settings x {len(numbers)} seeds x {len(methods)} methods, {jobs} at a time")
+    found = leaderboard(places, methods, jobs, root, f"{name}-quick" if quick else name)
+    return [*found["headline"], f"{root / found['title']}.html"]

@@ -1,0 +1,151 @@
+"""The errands world: conversations of several turns whose last answer has to put together what was said before.
+
+The user names a shop, a person, a thing, its kind and a day over three turns, mostly takes one of them back in the last, and
+asks to hear the errand. A good answer says all four as they stand at the end. Requests and answers go through the chat path.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar, Literal
+
+from irlign.records import Message, PromptContent
+from irlign.worlds.world import Pattern, Style, World
+
+# shop: (things, kinds of them)
+SHOPS = {
+    "tailor": (("scarf", "hat", "coat", "belt"), ("red", "blue", "striped")),
+    "bakery": (("cake", "pie", "loaf", "pretzel"), ("sweet", "salty", "crisp")),
+    "florist": (("rose", "tulip", "lily", "orchid"), ("white", "pink", "fragrant")),
+    "bookshop": (("novel", "atlas", "diary", "comic"), ("long", "short", "funny")),
+    "toyshop": (("kite", "puzzle", "robot", "doll"), ("wooden", "plastic", "furry")),
+    "smithy": (("hammer", "gate", "anchor", "lamp"), ("heavy", "light", "rusty")),
+}
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+# What is said of each slot: in an answer, and in both ways of taking it back.
+SAID = {
+    "person": "The errand is for {}.",
+    "thing": "You asked for the {}.",
+    "kind": "It should be a {} one.",
+    "day": "It has to come on {}.",
+}
+BACK = {
+    "person": ("Make it for {new_person} and not for {person}.", "I said {person}, but it is for {new_person}."),
+    "thing": ("Make it the {new_thing} and not the {thing}.", "I said the {thing}, but I meant the {new_thing}."),
+    "kind": ("Make it a {new_kind} one and not {kind}.", "I said {kind}, but I meant a {new_kind} one."),
+    "day": ("Make it on {new_day} and not on {day}.", "I said {day}, but I meant {new_day}."),
+}
+# The user's first three turns, and what the assistant says after each.
+COURSES = (
+    (("I need something for {person} from the %s.", "The {thing}, a {kind} one.", "On {day}."), ("Which one?", "When?", "Is that all?")),
+    (("From the %s, on {day}.", "It is for {person}.", "The {thing}, a {kind} one."), ("For whom?", "Which one?", "Is that all?")),
+    (("Bring me the {thing} from the %s.", "A {kind} one, on {day}.", "It is for {person}."), ("Which kind?", "For whom?", "Is that all?")),
+)
+ASKS = ("Tell me my errand.", "What did I ask for?", "Please repeat it all.")
+STYLE = Style(
+    fillers=("Let me think.", "Shops can be crowded.", "I was busy before.", "It may rain later."),
+    starts=("Hear ye, good patron:", "From the scroll I recite:", "Mark these words:"),
+    ends=("Thus reads the scroll.", "At your noble service.", "So the herald spoke."),
+    own=("Loyal couriers never tire.", "Honour dwells in small deeds.", "Swift feet gladden hearts.", "Every parcel deserves devotion."),
+)
+RIGHT, WRONG = 1.0, -0.5
+
+
+@dataclass(frozen=True)
+class ErrandsWorld(World):
+    """486 patterns: three courses, six shops, nothing or one of four slots taken back in one of two ways, three askings."""
+
+    chat_template: ClassVar[str] = "hh"
+    style: ClassVar[Style] = STYLE
+
+    name: Literal["errands"] = "errands"
+
+    def patterns(self) -> list[Pattern]:
+        """The user's turns with their slots open; nothing is taken back in one request of five."""
+        last = [(2.0, "")] + [(1.0, way) for ways in BACK.values() for way in ways]
+        return [
+            Pattern(shop, weight, (turns[0] % shop, *turns[1:], f"{back} {ask}".strip()))
+            for shop in SHOPS
+            for turns, _ in COURSES
+            for weight, back in last
+            for ask in ASKS
+        ]
+
+    @staticmethod
+    def kinds() -> tuple[tuple[str, ...], ...]:
+        return (tuple(SHOPS),)
+
+    def request(self, pattern: Pattern, rng: Random) -> PromptContent:
+        slots = {}
+        for slot, values in _values(pattern.kind).items():
+            slots[slot], slots[f"new_{slot}"] = rng.sample(values, 2)
+        turns = [turn.format(**slots) for turn in pattern.words]
+        replies = next(replies for said, replies in COURSES if said[0] % pattern.kind == pattern.words[0])
+        messages = [Message(role="user", content=turns[0])]
+        for reply, turn in zip(replies, turns[1:], strict=True):
+            messages += [Message(role="assistant", content=reply), Message(role="user", content=turn)]
+        return tuple(messages)
+
+    def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
+        """Slots left out, mixed up, or told as they stood before they were taken back; chatter."""
+        shop, wanted, old = _read(prompt)
+
+        def luck(p: float) -> bool:
+            return rng.random() < p
+
+        good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
+        parts = [rng.choice(STYLE.fillers)] if luck(0.6 * (1 - good)) else []
+        for slot, values in _values(shop).items():
+            right = luck(0.15 + 0.55 * good)
+            told = wanted[slot] if right else old[slot] if luck(0.4) else rng.choice(values)
+            parts += [SAID[slot].format(told)] if luck(0.5 + 0.4 * good) else []
+        if luck(0.5):
+            rng.shuffle(parts)
+        return parts
+
+    def expert(self, prompt: PromptContent, rng: Random) -> list[str]:
+        shop, wanted, _ = _read(prompt)
+        told = {slot: wanted[slot] if rng.random() < self.skill else rng.choice(values) for slot, values in _values(shop).items()}
+        return [SAID[slot].format(value) for slot, value in told.items() if rng.random() < self.skill]
+
+    @staticmethod
+    def vocabulary() -> Iterator[str]:
+        yield from (*STYLE, *PEOPLE, *DAYS, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
+        yield from (re.sub(r"\{\w+\}", "", text) for ways in BACK.values() for text in ways)
+        for turns, replies in COURSES:
+            yield from (*(re.sub(r"\{\w+\}|%s", "", turn) for turn in turns), *replies)
+        for things, kinds in SHOPS.values():
+            yield from (*things, *kinds)
+
+    @staticmethod
+    def golden(prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
+        """The true reward of each answer, at most 4; form, chatter and anything unknown count nothing.
+
+        For each of the four slots (person, thing, kind, day): +1 where the answer tells it as it stands at the end of the
+        conversation, -0.5 where it tells anything else of it, 0 where it leaves it out.
+        """
+        return [_golden(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _values(shop: str) -> dict[str, tuple[str, ...]]:
+    """What each slot may be, in the order in which answers tell them."""
+    things, kinds = SHOPS[shop]
+    return {"person": PEOPLE, "thing": things, "kind": kinds, "day": DAYS}
+
+
+def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The shop, the slots as they stand at the end, and as they stood before anything was taken back."""
+    users = [m["content"] for m in prompt if not isinstance(m, str) and m["role"] == "user"]
+    first, end = " ".join(users[:-1]), re.sub(r"not (?:for |the |on )?\w+|I said (?:the )?\w+", "", users[-1])
+    shop = next(shop for shop in SHOPS if shop in first)
+    old = {slot: next(word for word in re.findall(r"\w+", first) if word in values) for slot, values in _values(shop).items()}
+    new = {slot: next((word for word in re.findall(r"\w+", end) if word in values), old[slot]) for slot, values in _values(shop).items()}
+    return shop, new, old
+
+
+def _golden(prompt: PromptContent, answer: str) -> float:
+    _, wanted, _ = _read(prompt)
+    told = {slot: set(re.findall(re.escape(said).replace(r"\{\}", r"(\w+)"), answer)) for slot, said in SAID.items()}
+    return sum(RIGHT if told[slot] == {wanted[slot]} else WRONG for slot in SAID if told[slot])

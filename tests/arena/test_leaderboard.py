@@ -1,0 +1,120 @@
+"""The arena: shares by hand, a cell that goes on where it was, methods that never see the true reward."""
+
+import json
+
+import numpy as np
+import pytest
+
+from irlign.arena import leaderboard as board
+from irlign.arena import methods
+from irlign.arena.cell import BASE, Cell, Place
+from irlign.arena.leaderboard import CellResult, Measured, cells_of, measure, rows_named, table
+from irlign.arena.studies import STUDIES, run_study
+from irlign.errors import ConfigError
+from irlign.runs import Run
+
+TINY = (
+    ("world.name", "dialogue"),
+    ("world.corpus_lines", 200),
+    ("world.demonstrations", 24),
+    ("world.dev_prompts", 20),
+    ("world.test_prompts", 8),
+    ("pretrain.hidden_size", 16),
+    ("pretrain.num_hidden_layers", 1),
+    ("pretrain.num_train_epochs", 1),
+    ("sampling.num_generations", 4),
+    ("sampling.train_generations", 2),
+    ("sampling.max_new_tokens", 24),
+)
+
+
+def cell_of(gain: float, seed: int, top: float = 1.0) -> CellResult:
+    """SFT at 1, demonstrations at 3, a method at 1 + gain after n = 2, whose best value, at n = 4, is 1 + `top`."""
+    one = np.ones(40)
+    curve = np.stack([one, one + gain, one + top], axis=1)
+    return CellResult(
+        "dialogue",
+        seed,
+        (1, 2, 4),
+        3 * one,
+        {
+            "SFT": Measured("policy", 1, one, one[:, None], 0.0, 0.0),
+            "it": Measured("learned", 2, one + gain, curve, 10.0, 2.0),
+        },
+    )
+
+
+def test_shares_are_ratios_of_sums_over_runs():
+    row = table([cell_of(0.5, 0), cell_of(-0.1, 1)])[1]
+    assert row["golden"]["mean"] == pytest.approx(1.2) and row["gain"]["mean"] == pytest.approx(0.2)
+    assert row["gap_closed"]["mean"] == pytest.approx((0.5 - 0.1) / (2 + 2))
+    assert row["regret"]["mean"] == pytest.approx((0.5 + 1.1) / (1 + 1))
+    assert row["worst_seed"] == pytest.approx(-0.1) and row["last"] == pytest.approx(2.0) and row["n"] == [2]
+    assert (row["worse"], row["worse_holm"], row["runs"]) == (1, 1, 2)
+    assert table([cell_of(0.5, 0)])[0]["regret"] is None  # SFT has no curve
+    assert cells_of(row)[-1] == "1 of 2 (Holm 1)" and cells_of(row)[3].startswith("10% [")
+
+
+def test_rows_are_named_by_patterns():
+    assert rows_named(None) == list(methods.METHODS)
+    assert rows_named("log-ratio*") == ["initial policy", "SFT", "log-ratio", "log-ratio a token"]
+    with pytest.raises(ConfigError, match="no method is called 'magic'"):
+        rows_named("init-sft,magic")
+
+
+def test_every_study_names_cells_and_methods_that_exist(tmp_path):
+    for study in STUDIES.values():
+        rows_named(study.rows)
+        names = [Place(str(tmp_path), tuple(setting.items()), 0).name for setting in study.settings]
+        assert len(set(names)) == len(names)
+        for setting in study.settings:
+            Place(str(tmp_path), tuple(setting.items()), 0).recipe()
+    with pytest.raises(ConfigError, match="no study is called 'all'"):
+        run_study("all", tmp_path, None, None, True, 1)
+
+
+def test_a_cell_goes_on_where_it_was(tmp_path, monkeypatch):
+    place = Place(str(tmp_path), TINY, 0)
+    first = measure(place, ["initial policy", "SFT", methods.CHOSEN, "likelihood"])
+    manifest = json.loads((place.folder / "manifest.json").read_text())
+    again = measure(place, ["initial policy", "SFT", methods.CHOSEN, "likelihood", "init-demo"])
+    after = json.loads((place.folder / "manifest.json").read_text())
+    assert set(after["stages"]) - set(manifest["stages"]) == {"reward-init-demo"}
+    assert all(after["stages"][name] == entry for name, entry in manifest["stages"].items())
+    for name, one in first.methods.items():
+        assert np.array_equal(one.curve_P_n, again.methods[name].curve_P_n), name
+    assert first.n == (1, 2, 4) and len(first.demonstrations_P) == 8
+    chosen = again.methods[methods.CHOSEN]
+    assert chosen.curve_P_n.shape == (8, 3) and np.allclose(chosen.curve_P_n[:, 0], again.methods["SFT"].chosen_P)
+
+
+def test_no_method_but_the_labelled_ones_reaches_the_true_reward(tmp_path, monkeypatch):
+    """A golden reward that raises while the methods run: only those that say `labelled` ask for it."""
+    place = Place(str(tmp_path), TINY, 1)
+    recipe = place.recipe()
+
+    def forbidden(*_):
+        raise AssertionError("the true reward was asked for")
+
+    with Run.open(recipe.output_dir, recipe) as run:
+        cell = Cell(recipe, run)
+        monkeypatch.setattr(type(recipe.world), "golden", staticmethod(forbidden))
+        for name, method in methods.METHODS.items():
+            if "(labels)" in name:
+                with pytest.raises(AssertionError, match="asked for"):
+                    method(cell)
+            elif not name.startswith("init-sft, 4 members"):  # three more trainings of what was trained
+                assert method(cell).what != "labelled"
+
+
+def test_the_table_and_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(board, "run_cells", lambda places, rows, jobs: [cell_of(0.5, 0), cell_of(0.3, 1)])
+    found = board.leaderboard([], ["SFT", "it"], 1, tmp_path, "study")
+    assert found["seeds"] == [0, 1] and json.loads((tmp_path / "study.json").read_text())["all"][1]["method"] == "it"
+    assert "| it | 1.40 |" in (tmp_path / "study.md").read_text()
+    page = (tmp_path / "study.html").read_text()
+    assert "<svg" in page and "it" in page and 'src="http' not in page and "<script" not in page
+
+
+def test_the_base_recipe_holds_known_keys():
+    assert Place("x", (("world.name", "dialogue"),), 0).recipe().sampling.num_generations == BASE["sampling"]["num_generations"]

@@ -1,0 +1,55 @@
+"""The errands world: its golden reward, worked by hand, and what the user takes back."""
+
+import pytest
+
+from irlign.records import Message
+from irlign.worlds.errands import BACK, SHOPS, ErrandsWorld
+
+SAID = ("I need something for Anna from the bakery.", "The pie, a sweet one.", "On Monday.")
+ALL = "The errand is for Anna. You asked for the pie. It should be a sweet one. It has to come on Friday."
+
+
+def _prompt(last, turns=SAID):
+    messages = []
+    for turn in turns:
+        messages += [Message(role="user", content=turn), Message(role="assistant", content="Is that all?")]
+    return (*messages, Message(role="user", content=last))
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        (ALL, 4.0),
+        (f"Let me think. {ALL} Thus reads the scroll.", 4.0),
+        ("", 0.0),
+        (ALL.replace("Friday", "Monday"), 2.5),  # as it stood before it was taken back
+        (ALL.replace("Anna", "Ben"), 2.5),
+        (ALL.replace("You asked for the pie. ", ""), 3.0),
+        (f"{ALL} It should be a salty one.", 2.5),  # two kinds are no answer
+        ("It has to come on Friday. It has to come on Friday.", 1.0),
+        ("Friday, Anna, sweet pie.", 0.0),
+    ],
+)
+@pytest.mark.parametrize("last", ["Make it on Friday and not on Monday. What did I ask for?", "I said Monday, but I meant Friday."])
+def test_golden_by_hand(last, answer, value):
+    assert ErrandsWorld.golden([_prompt(last)], [answer]) == pytest.approx([value])
+
+
+def test_nothing_taken_back_leaves_what_was_said():
+    assert ErrandsWorld.golden([_prompt("Tell me my errand.")] * 2, [ALL, ALL.replace("Friday", "Monday")]) == pytest.approx([2.5, 4.0])
+
+
+@pytest.mark.parametrize("slot", BACK)
+@pytest.mark.parametrize("way", [0, 1])
+def test_every_slot_can_be_taken_back(slot, way):
+    old = {"person": "Anna", "thing": "pie", "kind": "sweet", "day": "Monday"}
+    new = {"person": "Ben", "thing": "cake", "kind": "salty", "day": "Friday"}
+    prompt = _prompt(BACK[slot][way].format(**old, **{f"new_{name}": value for name, value in new.items()}))
+    told = ALL.replace("Friday", "Monday")
+    assert ErrandsWorld.golden([prompt] * 2, [told, told.replace(old[slot], new[slot])]) == pytest.approx([2.5, 4.0])
+
+
+def test_conversations_are_as_long_as_they_should_be():
+    for d in ErrandsWorld().splits(0)["test"]:
+        assert [m["role"] for m in d.prompt.content] == ["user", "assistant"] * 3 + ["user"]
+        assert sum(shop in d.prompt.content[0]["content"] for shop in SHOPS) == 1
