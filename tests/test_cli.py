@@ -67,7 +67,9 @@ BAD_FILES = {
     "no row": ([], "bad.jsonl: holds no rows"),
     "one prompt only": ([{"prompt": "the cat", "completion": f" {w}"} for w in WORDS], "bad.jsonl: holds one prompt only"),
     "identical demonstrations": ([{**row, "completion": " same."} for row in GOOD], "bad.jsonl: all demonstrations are identical"),
-    "a number as the answer": ([{"prompt": "the cat", "completion": 3}], "bad.jsonl:1, completion: is a int"),
+    "a number as the answer": ([{"prompt": "the cat", "completion": 3}], "bad.jsonl:1, completion: is a number, neither text"),
+    "null as the prompt": ([{"prompt": None, "completion": "x"}], "bad.jsonl:1, prompt: is null, neither text"),
+    "half a surrogate pair": ([*GOOD[:2], '{"prompt": "x \\ud83d", "completion": "y"}'], "bad.jsonl:3: holds half of a surrogate pair"),
     "a wrong role": ([{"messages": [{"role": "robot", "content": "x"}]}], "bad.jsonl:1, messages, message 1: role 'robot'"),
     "a row too long": ([*GOOD, {"prompt": "cat " * 80, "completion": " ran."}], "a row is too long"),
     "conversations for a model without a template": (
@@ -113,6 +115,27 @@ def test_bad_keys(capsys, recipe, case):
     assert code == 2 and message in err and "Traceback" not in err + out, err
 
 
+@pytest.mark.parametrize("verb", ["run", "validate"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluation.golden_reward=nothing:here"], "cannot be imported"),
+        (["evaluation.golden_reward=./nowhere"], "no such model folder"),
+        (["sampling.engine=warp"], "no engine 'warp'"),
+        (["reward.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
+        (["sft.lr_scheduler_type=stairs"], "TrainingArguments refuses it"),
+        (["report_to=nobody"], "no such tracker"),
+        (["sft_model_name_or_path=CLASSIFIER"], "no causal language model"),
+        (["reward.kind=features", "reward.backbone=./nowhere"], "no such model folder"),
+    ],
+)
+def test_bad_settings_are_found_before_any_compute(capsys, recipe, classifier, tmp_path, verb, words, message):
+    words = [word.replace("CLASSIFIER", str(classifier)) for word in words]
+    code, out, err = _run(capsys, verb, "--config", recipe, *words)
+    assert code in (1, 2) and message in err and "Traceback" not in err + out, err
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_paths(capsys, recipe, tmp_path):
     for words, message in (
         (["--config", tmp_path / "recipe.yml"], "no such recipe\n  did you mean"),
@@ -127,16 +150,22 @@ def test_bad_paths(capsys, recipe, tmp_path):
         assert code in (1, 2) and message in err and "Traceback" not in err + out, err
 
 
-def test_models_that_cannot_serve(capsys, recipe, tmp_path):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A checkpoint with a head that generates no text."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
+    folder = tmp_path_factory.mktemp("classifier")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=50, pad_token_id=3, **shape)).save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_models_that_cannot_serve(capsys, recipe, classifier, tmp_path):
     without = make_tiny_policy(tmp_path / "no-eos", tokenizer=make_tiny_tokenizer(special=False))
     code, _, err = _run(capsys, "run", "--config", recipe, f"model_name_or_path={without}")
     assert code == 1 and "the tokenizer has no EOS token" in err
-    classifier = tmp_path / "classifier"
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=50, pad_token_id=3, **shape)).save_pretrained(classifier)
-    make_tiny_tokenizer().save_pretrained(classifier)
     code, _, err = _run(capsys, "run", "--config", recipe, f"model_name_or_path={classifier}")
     assert code == 1 and "no causal language model" in err
 
@@ -196,6 +225,25 @@ def test_the_unexpected_is_one_line_too(capsys, recipe, monkeypatch):
 def test_rewards_that_are_none(capsys, tmp_path):
     code, _, err = _run(capsys, "score", tmp_path, _lines(tmp_path / "in.jsonl", GOOD), tmp_path / "out.jsonl")
     assert code == 1 and "no reward.json here" in err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_reward_is_looked_at_first(capsys, tmp_path):
+    code, _, err = _run(capsys, "score", tmp_path / "a", tmp_path / "b.jsonl", tmp_path / "c.jsonl")
+    assert code == 1 and err.startswith(f"irlign: {tmp_path}/a: no reward.json here")
+
+
+def test_a_run_directory_that_is_not_there(capsys, tmp_path):
+    for verb in ("run", "report"):
+        code, _, err = _run(capsys, verb, f"output_dir={tmp_path}/nowhere")
+        assert code == 1 and "nowhere: no run directory is there" in err and not (tmp_path / "nowhere").exists()
+
+
+def test_ctrl_c_says_that_the_run_can_go_on(capsys, recipe, monkeypatch):
+    from irlign import pipeline
+
+    monkeypatch.setattr(pipeline, "run", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, _, err = _run(capsys, "run", "--config", recipe)
+    assert (code, err) == (130, "irlign: interrupted; the same command goes on where it stopped\n")
 
 
 def test_env_schema_and_help(capsys):

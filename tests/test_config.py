@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irlign.config import dump_recipe, load_recipe, parse_seeds, recipe_schema
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, RunError
 from irlign.recipe import WORLDS, Recipe, as_recipe, stored_recipe
 
 OWN = ["model_name_or_path=m", "dataset_name=d.jsonl"]
@@ -123,7 +123,9 @@ def test_the_schema_describes_every_key():
 
 def test_a_run_directory_brings_its_recipe(tmp_path):
     recipe = load_recipe(Recipe, {"world": "dialogue"}, [f"output_dir={tmp_path}"])
-    assert stored_recipe([f"output_dir={tmp_path}"]) is None
+    assert stored_recipe([f"output_dir={tmp_path}", "--dataset-name=x"]) is None and stored_recipe(["seed=1"]) is None
+    with pytest.raises(RunError, match="this is no run directory"):
+        stored_recipe([f"output_dir={tmp_path}"])
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert stored_recipe(["seed=1", f"--output_dir={tmp_path}"]) == Path(tmp_path) / "recipe.yaml"
     assert as_recipe(recipe) is recipe and as_recipe(recipe, ["seed=4"]).seed == 4

@@ -31,15 +31,17 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "plots": BASE,
     "report": SPINE | {"plots"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
-    "pipeline": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
+    "preflight": SPINE | {"training", "policy", "sampling", "evaluate", "recipe"},
+    "pipeline": SPINE
+    | {"preflight", "data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "plots", "pipeline"},
     "cli": SPINE | {"recipe", "pipeline", "arena"},
-    "__init__": {"pipeline", "reward"},
+    "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }
 ALSO = {"reward/log_ratio": {"policy"}, "reward/features": {"policy"}}  # these two read a policy
 NO_TORCH = {
-    *("records", "errors", "statistics", "config", "files", "runs", "progress", "recipe", "report", "plots", "cli"),
+    *("records", "errors", "statistics", "config", "files", "runs", "progress", "recipe", "preflight", "report", "plots", "cli"),
     *(
         "reward/contrasts",
         "reward/controls",

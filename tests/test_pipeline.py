@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,12 @@ def test_the_preference_contrast_reads_a_file_of_pairs(copied, tmp_path):
     assert "ensemble" in results["golden"]["rewards"] and not (copied / "rewards/preference").exists()
 
 
+def test_run_takes_the_recipe_of_the_run_directory(copied):
+    stages = _manifest(copied)
+    run(None, [f"output_dir={copied}"])
+    assert _manifest(copied) == stages
+
+
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
     run_stage("reward", None, [f"output_dir={copied}", "reward.loss=bradley-terry"])
     stages = _manifest(copied)
@@ -318,6 +325,28 @@ def test_a_golden_reward_of_your_own(finished, tmp_path, monkeypatch):
     own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
     results = run(small_recipe(tmp_path / "own", **own, evaluation={"golden_reward": "mine_for_test:polite"}))
     assert results["golden"]["name"] == "mine_for_test:polite" and 0 <= results["golden"]["sft"]["mean"] <= 1
+    before = _manifest(tmp_path / "own")
+    (tmp_path / "mine_for_test.py").write_text("def polite(prompts, completions):\n    return [7.0 for _ in completions]\n")
+    sys.modules.pop("mine_for_test")  # as in a new process
+    assert run(small_recipe(tmp_path / "own", **own, evaluation={"golden_reward": "mine_for_test:polite"}))["golden"]["sft"]["mean"] == 7
+    assert [n for n, e in _manifest(tmp_path / "own").items() if e != before[n]] == ["eval", "report"]
+
+
+def test_a_template_of_your_own_travels_with_the_run(finished, tmp_path, monkeypatch):
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    monkeypatch.chdir(tmp_path)
+    own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
+    run(small_recipe(tmp_path / "own", **own, data={"chat_template": "mine.jinja"}))
+    asked = (["How do I fix my bike?"], [" Go away."])
+    names = ("init-sft", "log-ratio", "init-sft+likelihood")
+    here = [irlign.load_reward(tmp_path / "own/rewards" / name).score(*asked) for name in names]
+    (tmp_path / "mine.jinja").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [irlign.load_reward(tmp_path / "own/rewards" / name).score(*asked) for name in names] == here
+    before = _manifest(tmp_path / "own")
+    run_stage("report", None, [f"output_dir={tmp_path / 'own'}"])
+    assert _manifest(tmp_path / "own") == before
 
 
 def test_the_golden_reward_may_not_be_the_trained_one(copied):

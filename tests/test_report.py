@@ -34,9 +34,26 @@ def test_the_answer_comes_before_every_figure(finished):
     assert headline and all(html.index(line) < html.index("<svg") for line in headline)
 
 
-def test_every_tile_has_its_interval_and_its_count_of_prompts(finished):
-    html = (finished / "report.html").read_text(encoding="utf-8")
-    tiles = re.findall(r'<div class="tile">(.*?)</div>', html)
+def _choose(root, n):
+    """The report of the run as it would be with that n."""
+    results = read_json(root / "evaluation/results.json")
+    results["choice"]["n"] = n
+    write_json(root / "evaluation/results.json", results)
+    write_report(root, root / "report.html")
+    return (root / "report.html").read_text(encoding="utf-8")
+
+
+def test_where_sft_is_kept_nothing_stands_there_twice(copied):
+    for n, tiles, columns, answers in ((4, 4, 1, 4), (1, 3, 0, 3)):
+        html = _choose(copied, n)
+        assert len(re.findall(r'<div class="tile">', html)) == tiles and html.count("<th>Best-of-4</th>") == columns
+        samples = html[html.index("<h2>Samples</h2>") : html.index("<h2>What was run</h2>")]
+        assert samples.count("<h4>") == answers * samples.count("<article") and samples.count('class="pick"') == samples.count("<article")
+    assert "<span>SFT, kept</span>" in html and "Best-of-1<" not in html
+
+
+def test_every_tile_has_its_interval_and_its_count_of_prompts(copied):
+    tiles = re.findall(r'<div class="tile">(.*?)</div>', _choose(copied, 4))
     assert len(tiles) == 4
     assert all(re.search(r"\[[−0-9.]+, [−0-9.]+\] · 8 prompts", tile) for tile in tiles)
 
@@ -74,6 +91,8 @@ def test_without_a_golden_reward_nothing_is_called_better(copied):
     write_report(copied, copied / "report.html")
     html = (copied / "report.html").read_text(encoding="utf-8")
     assert "its rise proves nothing" in html and "golden value" not in html
+    names = re.findall(r'<div class="tile"><span>(.*?)</span>', html)
+    assert names and all(name.endswith(": trained reward") for name in names)
 
 
 def test_the_seeds_table_names_the_seeds_that_turned(copied, tmp_path):
@@ -82,8 +101,10 @@ def test_the_seeds_table_names_the_seeds_that_turned(copied, tmp_path):
     for seed, best in ((1, 4), (2, 2)):
         shutil.copytree(copied, tmp_path / f"seed-{seed}")
         results[seed] = read_json(copied / "evaluation/results.json")
-        results[seed]["curve"]["best_n"] = best
+        results[seed]["curve"]["best_n"], results[seed]["choice"]["n"] = best, 1
+        next(t for t in results[seed]["tests"] if t["a"] == "best_of_oracle_n")["mean_difference"] = 1.0
     found = write_seeds(tmp_path, results)
     assert [row["seed"] for row in found["seeds"]] == [1, 2]
+    assert any("without labels missed 100% of the gain that the best n would have brought" in line for line in found["headline"])
     assert any("seed 2: n = 2" in line and "seed 1" not in line for line in found["headline"])
     assert "seed 2: n = 2" in (tmp_path / "seeds.html").read_text(encoding="utf-8")

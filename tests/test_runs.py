@@ -9,9 +9,11 @@ import textwrap
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 
 from irlign import progress, runs
-from irlign.errors import RunError
+from irlign.errors import ModelError, RunError
+from irlign.files import disk_errors
 from irlign.runs import Run, request_seed
 
 
@@ -229,6 +231,34 @@ def test_disk_errors_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="not a directory"):
         _open(tmp_path / "file/run")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left on the disk"),
+        (Exception("No space left on device (os error 28)"), "no space left on the disk"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "no space left on the disk"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), "cannot be used: permission denied"),
+    ],
+)
+def test_disk_errors_that_are_no_oserror(tmp_path, error, message):
+    """As safetensors, tokenizers and torch raised them on a full file system."""
+
+    def build(folder):
+        raise error
+
+    with _open(tmp_path / "run") as run, pytest.raises(RunError, match=message) as caught:
+        run.do("a", build, outputs=["a"])
+    assert caught.value.__cause__ is error and "stage a" in str(caught.value)
+
+
+def test_other_errors_pass(tmp_path):
+    for error in (ModelError("it holds os error 28"), FileNotFoundError(errno.ENOENT, "the user's file"), ValueError("3")):
+        with pytest.raises(type(error)), disk_errors(tmp_path, "a"):
+            raise error
+    with pytest.raises(RunError, match="no such file or directory"), disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
 
 
 def test_a_damaged_manifest_is_one_clear_error(tmp_path):

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """`run` and `load_reward`, imported when they are first asked for, so that `import irlign` stays quick."""
+    if name in ("run", "load_reward"):
+        from irlign.progress import hush
+
+        hush()
     if name == "run":
         from irlign.pipeline import run
 

@@ -10,14 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from irlign.errors import IrlignError
-
-# No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
-QUIET = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+from irlign.progress import hush
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +20,7 @@ app = typer.Typer(
     help="Alignment of language models from demonstrations, through inverse reinforcement learning.",
     epilog="Every key of the recipe can be given as key=value. --debug shows the traceback of an error; IRLIGN_QUIET=1 silences progress.",
 )
+INTERRUPTED = 130  # typer turns a KeyboardInterrupt into an exit with this code
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML)")]
 Context = typer.Context
@@ -125,8 +119,7 @@ def schema() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: one clear line for an error, and an exit code that says which kind."""
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
+    hush()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     signal.signal(signal.SIGTERM, _terminate)
@@ -134,8 +127,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=[word for word in words if word != "--debug"], prog_name="irlign")
     except IrlignError as error:
         _fail(error, debug, f"irlign: {error}", error.exit_code)
-    except KeyboardInterrupt as error:
-        _fail(error, debug, "irlign: interrupted; the same command goes on where it stopped", 130)
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
+        _fail(error, debug, "irlign: interrupted; the same command goes on where it stopped", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

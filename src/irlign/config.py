@@ -173,7 +173,7 @@ def _parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterat
             value = "true" if lone else rest.pop(0)
             text = item if lone else f"{item} {value}"
         elif not equals:
-            raise ConfigError(f"{item!r} is no override", do="write key=value, for example sft.learning_rate=1e-4")
+            raise ConfigError(f"{item!r} is no override", do="write key=value, for example sft.learning_rate=1e-4, or a run's folder")
         name = tuple(key.removeprefix("--").replace("-", "_").split("."))
         yield text, _full_key(model, name, text), _parse_value(value, text)
 

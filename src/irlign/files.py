@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -13,8 +14,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from irlign.errors import RunError
+from irlign.errors import IrlignError, RunError
 
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG)
 PARTIAL = ".irlign-partial"  # ends the name of a file that is still being written
 
 
@@ -35,17 +37,34 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(root: Path, stage: str | None = None) -> Iterator[None]:
-    """Turns an OSError about a full disk, denied access or a broken path into one RunError that says which."""
+    """Turns an error about a full disk, denied access or a broken path into one RunError that says which.
+
+    A missing path is one only without a `stage`: in a stage it may be any file's.
+    """
     try:
         yield
-    except OSError as error:
-        place = f"{root}, stage {stage}" if stage else root
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except IrlignError:
+        raise
+    except Exception as error:
+        code, place = error_number(error), f"{root}, stage {stage}" if stage else root
+        if code in (errno.ENOSPC, errno.EDQUOT):
             raise RunError("no space left on the disk", where=place, do="free some space and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG):
-            what = f"cannot be used: {(error.strerror or str(error)).lower()}" + (f" ({error.filename})" if error.filename else "")
+        if code in UNUSABLE or (code == errno.ENOENT and stage is None):
+            name = getattr(error, "filename", None)
+            what = f"cannot be used: {os.strerror(code).lower()}" + (f" ({name})" if name else "")
             raise RunError(what, where=place, do="give an output_dir that you can write to") from error
         raise
+
+
+def error_number(error: Exception) -> int | None:
+    """The system's number of an error; read from its message where a library has kinds of errors of its own (safetensors, Arrow)."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"(?:os error|errno) (\d+)", str(error), re.IGNORECASE)
+    if found:
+        return int(found[1])
+    full = any(words in str(error).lower() for words in ("no space left on device", "unexpected pos"))  # the second is torch.save's
+    return errno.ENOSPC if full else None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from irlign import __version__
 from irlign.data.checks import read_notes
 from irlign.errors import ConfigError, DataError, OverlongError
 from irlign.files import read_json, read_table, write_json, write_table
+from irlign.preflight import preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.records import SPLITS, Demonstration, Prompt, Sample
@@ -224,6 +225,8 @@ def bon(recipe: Recipe, run: Run) -> None:
 
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
+    from irlign.evaluate.golden import golden_inputs
+
     spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.selector
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
@@ -244,7 +247,10 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         "eval",
         build,
         settings={"evaluation": recipe.evaluation, "world": world, "selector": selector},
-        inputs=_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
+        inputs={
+            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
+            **golden_inputs(spec),
+        },
         outputs=["evaluation"],
     )
 
@@ -277,9 +283,11 @@ def run(config: Config = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The whole chain: every stage in order, finished ones skipped. Returns the contents of evaluation/results.json.
 
     `config` is a recipe file, a mapping of its keys, or a Recipe; `overrides` are `key=value` texts. With `seeds` it runs
-    each in OUT/seed-K, writes one table over them (OUT/seeds.json, OUT/seeds.html) and returns that.
+    each in OUT/seed-K, writes one table over them (OUT/seeds.json, OUT/seeds.html) and returns that. Without `config`, the
+    recipe that the run directory holds is taken. Settings that no stage could use are errors before anything is computed.
     """
-    recipe = as_recipe(config, overrides)
+    recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
+    preflight(recipe)
     if recipe.seeds is not None:
         from irlign.report import write_seeds
 
@@ -320,6 +328,7 @@ def validate(config: Config = None, overrides: Sequence[str] = ()) -> tuple[str,
     from irlign.data.checks import describe, masked_example, render
 
     recipe = as_recipe(config, overrides)
+    preflight(recipe)
     form, context = _format(recipe, str(recipe.model_name_or_path) if recipe.world is None else None)
     problem = None
     try:
@@ -342,8 +351,9 @@ def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
     from irlign.optimise.best_of_n import write_rows
     from irlign.reward.load import load_reward
 
+    reward = load_reward(reward_dir)
     rows = load_demonstrations(str(file), DataSettings(), answers=False, distinct=False).demonstrations
-    rewards = load_reward(reward_dir).score([d.prompt.content for d in rows], [d.completion for d in rows])
+    rewards = reward.score([d.prompt.content for d in rows], [d.completion for d in rows])
     scored = [{"prompt": d.prompt.content, "completion": d.completion, "reward": float(r)} for d, r in zip(rows, rewards, strict=True)]
     write_rows(Path(output), scored)
     return len(scored)

@@ -75,7 +75,7 @@ def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
     x, y = (np.asarray(v, dtype=float) - (np.bincount(ids, v) / np.bincount(ids))[ids] for v in (words, scores))
     figure, axes = _figure()
     step = max(1, len(x) // POINTS)
-    axes.scatter(x[::step], y[::step], s=7, color=COLOURS[0], alpha=0.3, lw=0, rasterized=True)
+    axes.scatter(x[::step], y[::step], s=9, color=COLOURS[0], alpha=0.6, lw=0, rasterized=True)
     axes.axhline(0, color=INK, lw=0.6)
     axes.axvline(0, color=INK, lw=0.6)
     axes.set_xlabel("words, minus the prompt's mean")

@@ -10,6 +10,13 @@ import time
 from collections import deque
 from typing import Any
 
+# No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 PLAIN_SECONDS = 5.0  # between two plain lines
 WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it
 _live: list[Any] = []  # the one rich display, and one entry more for each Progress inside it
@@ -18,6 +25,15 @@ _live: list[Any] = []  # the one rich display, and one entry more for each Progr
 def quiet() -> bool:
     """Whether the environment asks for silence."""
     return os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+
+
+def hush() -> None:
+    """Keep the libraries below from talking; where transformers is imported already, from drawing bars."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    transformers_logging: Any = sys.modules.get("transformers.utils.logging")
+    if transformers_logging is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
+        transformers_logging.disable_progress_bar()
 
 
 def say(message: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from irlign.config import Settings, load_recipe, parse_seeds
 from irlign.data.demonstrations import DataSettings
+from irlign.errors import RunError
 from irlign.evaluate.metrics import EvaluationSettings
 from irlign.optimise.best_of_n import BestOfNSettings
 from irlign.policy.pretrain import PretrainSettings
@@ -86,9 +87,17 @@ def as_recipe(config: str | Path | Mapping[str, Any] | Recipe | None, overrides:
 
 
 def stored_recipe(overrides: Sequence[str]) -> Path | None:
-    """recipe.yaml of the run directory that the overrides name, where it has one."""
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key.lstrip("-") in ("output_dir", "output-dir") and (Path(value) / RECIPE).is_file():
-            return Path(value) / RECIPE
+    """recipe.yaml of the run directory that the overrides name, where it has one. Raises RunError where there is none and nothing
+    else says what to run."""
+    given = {key.lstrip("-").replace("-", "_"): value for key, _, value in (text.partition("=") for text in overrides)}
+    folder = Path(given.get("output_dir", "")).expanduser()
+    if "output_dir" not in given:
+        return None
+    if (folder / RECIPE).is_file():
+        return folder / RECIPE
+    if not any(key.split(".")[0] in ("model_name_or_path", "dataset_name", "world") for key in given):
+        do = "give the output_dir of a run, or say what to run: --config RECIPE, or model_name_or_path and dataset_name"
+        raise RunError(
+            f"this is no run directory: it has no {RECIPE}" if folder.exists() else "no run directory is there", where=folder, do=do
+        )
     return None

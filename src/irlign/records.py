@@ -25,6 +25,15 @@ class Message(TypedDict):
 PromptContent = str | tuple[Message, ...]
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8 at all; half of a surrogate pair, as JSON's "\\ud83d" alone, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def prompt_content(value: str | Sequence[Mapping[str, Any]]) -> PromptContent:
     """A string stays; a sequence of mappings becomes a tuple of messages with `role` and `content` only."""
     if isinstance(value, str):

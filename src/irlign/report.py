@@ -12,6 +12,7 @@ from irlign.runs import RECIPE, Run
 from irlign.statistics import nested_estimate
 
 SOURCES = {"initial": "Initial policy", "sft": "SFT", "demonstrations": "Demonstration", "best_of_n": "Best-of-n"}
+COLUMNS = {"initial": "initial", "sft": "SFT", "demonstrations": "demonstrations"}
 
 
 def write_report(root: Path, target: Path) -> None:
@@ -24,11 +25,8 @@ def write_report(root: Path, target: Path) -> None:
     last, choice = results["curve"]["n"][-1], results["choice"]
     chosen = choice["n"]
     measure = golden or heldout["rewards"]
-    tiles = [
-        ("Initial policy", measure["initial"]),
-        ("SFT", measure["sft"]),
-        (f"Best-of-{chosen}" if chosen > 1 else "Kept: SFT", measure["best_of_n"][str(chosen)]),
-    ]
+    tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 else "SFT, kept", measure["sft"])]
+    tiles += [(f"Best-of-{chosen}", measure["best_of_n"][str(chosen)])] if chosen > 1 else []
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
     curves = {f"{name} (selects)" if name == info["selector"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
     curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['selector']} by its own measure": measure["best_of_n"]}
@@ -39,7 +37,7 @@ def write_report(root: Path, target: Path) -> None:
         "chosen": chosen,
         "choice": _choice(choice, heldout["judge"]),
         "judged": {n: e for n, e in (heldout["judge"] or {}).items()},
-        "tiles": [{"name": name, "e": e} for name, e in tiles],
+        "tiles": [{"name": name if golden else f"{name}: trained reward", "e": e} for name, e in tiles],
         "measure_words": _measure_words(golden),
         "curve": results["curve"],
         "curves": curves,
@@ -54,9 +52,10 @@ def write_report(root: Path, target: Path) -> None:
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
         "sources": _source_rows(heldout, chosen),
+        "columns": {**COLUMNS, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})},
         "checks": _checks(heldout, info),
         "alarms": results["alarms"],
-        "samples": _samples(rows, golden is not None),
+        "samples": _samples(rows, golden is not None, chosen),
         "samples_words": _samples_words(golden, len(rows)),
         "facts": _facts(run, info),
         "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
@@ -148,7 +147,7 @@ def _checks(heldout: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], golden: bool) -> list[dict[str, Any]]:
+def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int) -> list[dict[str, Any]]:
     """Two prompts each from the top, the middle and the bottom of what Best-of-n gained there."""
     scored = [(_gain(row, golden), row) for row in rows]
     order = sorted(scored, key=lambda item: -item[0])
@@ -161,7 +160,7 @@ def _samples(rows: Sequence[Mapping[str, Any]], golden: bool) -> list[dict[str, 
                 continue
             seen.add(row["prompt_id"])
             what = "golden value of the pick minus SFT's mean" if golden else "reward of the pick minus SFT's mean"
-            found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": _answers(row, golden)})
+            found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": _answers(row, golden, chosen)})
     return found
 
 
@@ -170,14 +169,15 @@ def _gain(row: Mapping[str, Any], golden: bool) -> float:
     return row[f"answer_{measure}/best_of_n"] - row[f"{measure}/sft"]
 
 
-def _answers(row: Mapping[str, Any], golden: bool) -> list[dict[str, Any]]:
-    found = []
+def _answers(row: Mapping[str, Any], golden: bool, chosen: int) -> list[dict[str, Any]]:
+    """The answers beside each other; with n = 1 the pick is SFT's first sample and stands there once."""
+    found, pick = [], "best_of_n" if chosen > 1 else "sft"
     for source, name in SOURCES.items():
         text = row[f"answer/{source}"]
-        if text is None:
+        if text is None or (source == "best_of_n" and source != pick):
             continue
         scores = f"reward {row[f'answer_reward/{source}']:.2f}" + (f", golden {row[f'answer_golden/{source}']:.2f}" if golden else "")
-        found.append({"name": name, "text": text, "scores": scores, "pick": source == "best_of_n"})
+        found.append({"name": name, "text": text, "scores": scores, "pick": source == pick})
     return found
 
 
@@ -299,7 +299,8 @@ def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any],
         by_seed = f"by seed better in {better}, worse in {worse}, not shown in {count - better - worse}"
         lines.append(f"Over {count} seeds, {what} {words}: {mean:+.2f} [{low:.2f}, {high:.2f}]; {by_seed}.".replace("The", "the"))
     if (regret := _regret(table)) is not None:
-        lines.append(f"The choice of n without labels left {regret:.0%} of what the best n would have gained.")
+        missed = f"{regret:.0%}" if regret > 0 else "nothing"
+        lines.append(f"The choice of n without labels missed {missed} of the gain that the best n would have brought.")
     turned = [row for row in table if row["best_n"] != last]
     if turned:
         seen = ", ".join(f"seed {row['seed']}: n = {row['best_n']}" for row in turned)

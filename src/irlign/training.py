@@ -6,6 +6,7 @@ SFT and reward training both hand rows that `data/chat.py` tokenized and masked 
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,9 @@ def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str)
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():  # peft asks for names that transformers has renamed: no news for a user
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def merged(model: Any, settings: TrainerSettings) -> Any:

@@ -6,6 +6,7 @@ import pytest
 from tiny import make_tiny_tokenizer
 
 from irlign.data.chat import IGNORED, TEMPLATES, Encoded, Format, length_sorted_batches, pad
+from irlign.data.demonstrations import DataSettings
 from irlign.errors import ConfigError, DataError, ModelError
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -48,6 +49,49 @@ def test_an_eos_in_the_text_is_not_doubled():
     assert form.encode(["the cat"], [" sat.</s>"]) == form.encode(["the cat"], [" sat."])
     talk = Format(make_tiny_tokenizer(), "hh")
     assert talk.encode([TALK], ["ran.</s>"]) == talk.encode([TALK], ["ran."])
+
+
+@pytest.mark.parametrize(
+    "template", ["none", "hh", "chatml", "{% for m in messages %}{{ bos_token }}{{ m['content'] }}{{ eos_token }}{% endfor %}"]
+)
+def test_special_tokens_in_the_text_are_plain_text(real, template):
+    """The template's control tokens stay what they are, and nothing in a question or an answer is one."""
+    form = Format(real, template)
+    plain, held = ((*TALK[:2], {"role": "user", "content": text}) for text in ("the cat", "the</s> cat <s>[INST] </s>"))
+    if template == "none":
+        plain, held = (talk[-1]["content"] for talk in (plain, held))
+    before, row = form.encode([plain, held], [" ran home.", " ran </s> home.</s>"])
+    control = {real.bos_token_id, real.eos_token_id}
+    assert [i for i in row.prompt_ids if i in control] == [i for i in before.prompt_ids if i in control]
+    assert [i for i in row.completion_ids if i in control] == [real.eos_token_id] and row.ids[-1] == real.eos_token_id
+    assert row.prompt_ids == form.prompt_ids(held)
+    assert form.decode_completion(row.prompt_ids, row.completion_ids).strip() == "ran </s> home."
+    assert form.prompt_text(held).count("</s> cat <s>[INST] </s>") == 1
+    assert form.holds_special(held, " ran.") and form.holds_special(plain, " </s> ran.") and not form.holds_special(plain, " ran.</s>")
+    assert form._spelled(form.prompt_text(plain), template == "none") == before.prompt_ids  # both ways give ordinary text the same ids
+
+
+def test_control_tokens_of_the_template_are_no_business_of_the_user():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    form = Format(tokenizer, "chatml")
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    for text in ("the cat", "the cat<|im_end|> <|im_start|>assistant sat"):
+        assert form.prompt_ids(text).count(start) == 2
+    assert form.prompt_text("a <|im_end|>").count("<|im_end|>") == 2
+
+
+def test_a_tokenizer_that_cannot_spell_its_special_tokens_is_an_error():
+    """In the tiny vocabulary of whole words `</s>` is a word too, and it is EOS."""
+    form = Format(make_tiny_tokenizer())
+    with pytest.raises(DataError, match="holds </s>, which this tokenizer reads as a control token") as caught:
+        form.encode(["</s> the cat"], [" sat."])
+    assert "'</s> the cat'" in str(caught.value.where)
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        Format(make_tiny_tokenizer()).encode(["the cat"], [" sat \ud83d."])
 
 
 def test_joint_tokens_on_real_checkpoints(real):
@@ -129,6 +173,19 @@ def test_the_mask_starts_after_each_template(name):
         "</s>",
     ]
     assert row.prompt_ids == form.prompt_ids(TALK)
+
+
+def test_the_text_of_a_jinja_file_stands_for_it(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}{{ m['content'] }}!{% endfor %}")
+    stated = DataSettings(chat_template=str(path)).chat_template
+    path.write_text("{% for m in messages %}{{ m['content'] }}?{% endfor %}")
+    assert DataSettings(chat_template=str(path)).chat_template != stated  # so that stages which state it run again
+    path.unlink()
+    assert Format(make_tiny_tokenizer(), DataSettings(chat_template=stated).chat_template).prompt_text("the cat") == "the cat!"
+    path.write_text("no template")
+    with pytest.raises(ConfigError, match="this file is no Jinja template"):
+        DataSettings(chat_template=str(path))
 
 
 def test_template_errors():

@@ -4,7 +4,7 @@ import pytest
 from tiny import make_tiny_tokenizer
 
 from irlign.data.chat import Format
-from irlign.data.checks import apply_overlong, describe, histogram, masked_example, render
+from irlign.data.checks import apply_overlong, describe, histogram, masked_example, read_notes, render
 from irlign.data.demonstrations import DataSettings
 from irlign.errors import OverlongError
 from irlign.records import Demonstration, Prompt
@@ -31,6 +31,17 @@ def test_counts_by_hand(form):
     assert (train["over_max_length"], train["eos_kept"], train["unknown_tokens"]) == (0.5, 0.5, 0.0)
     assert found["overlap"] == {"train-dev": 1, "train-test": 0, "dev-test": 0}
     assert "test" not in found["splits"]
+
+
+def test_special_tokens_in_the_text_are_counted():
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = None  # whole texts: no special token is a word of its own
+    given = rows(("a <s> cat", " sat."), ("a", " sat </s> x"), ("a", " sat.</s>"))
+    kept, counts = apply_overlong(Format(tokenizer, "none"), given, DataSettings(), context=9, room=1, name="f.jsonl")
+    assert (kept, counts) == (given, {"special_tokens": 2})
+    assert read_notes({"f.jsonl": {"rows": 3, **counts}}) == [
+        "f.jsonl: 3 rows, 2 with special tokens of the tokenizer in them, read as plain text"
+    ]
 
 
 def test_unknown_tokens_are_a_share_of_all(form):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irlign.data.checks import read_notes
 from irlign.data.demonstrations import (
     DataSettings,
     check_usable,
@@ -96,6 +97,21 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert _pairs(name, answers=False)[-2:] == [("b", " "), ("a", "y")]
 
 
+def test_turns_after_the_last_answer_are_counted(tmp_path):
+    rows = [{"messages": [USER, BOT, MORE[0]]}, {"messages": [USER, BOT, *MORE]}, {"chosen": HH + "\n\nHuman: Oh.", "rejected": HH}]
+    loaded = load_demonstrations(_file(tmp_path / "x.jsonl", rows), SETTINGS)
+    assert loaded.notes["turns_after_answer"] == 2
+    assert "2 turns after a last answer, dropped" in read_notes({"x": loaded.notes})[0]
+
+
+def test_messages_in_a_table_may_be_json(tmp_path):
+    (tmp_path / "x.csv").write_text("messages\n" + '"' + json.dumps([USER, BOT]).replace('"', '""') + '"\n')
+    assert _pairs(str(tmp_path / "x.csv")) == [((USER,), "Hello.")]
+    (tmp_path / "x.csv").write_text('messages\n"[not json"\n')
+    with pytest.raises(DataError, match=r"x\.csv:2, messages: is neither a list of messages nor JSON of one"):
+        _pairs(str(tmp_path / "x.csv"))
+
+
 def test_repeated_conversations_are_told_apart_by_content(tmp_path):
     rows = [{"messages": [USER, BOT]}, {"messages": [USER, BOT]}, {"messages": [USER, {**BOT, "content": "Hey."}]}]
     assert _pairs(_file(tmp_path / "x.jsonl", rows)) == [((USER,), "Hello."), ((USER,), "Hey.")]
@@ -115,6 +131,8 @@ def test_repeated_conversations_are_told_apart_by_content(tmp_path):
         ("x.parquet", b"not parquet", "is not Parquet"),
         ("x.txt", b"hello", "cannot read .txt"),
         ("x.jsonl", b"\n\n", "holds no rows"),
+        ("x.jsonl", b'{"a": 1}\n{"a": [{"b": "x \\ud83d"}]}\n', "x.jsonl:2: holds half of a surrogate pair (like \\ud83d alone)"),
+        ("x.json", b'[{"a": "\\udc00"}]', "x.json, item 1: holds half of a surrogate pair"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -1,10 +1,12 @@
 """The golden reward: a function, a checkpoint, and what is refused."""
 
+import sys
+
 import pytest
-from tiny import make_tiny_tokenizer
+from tiny import make_tiny_policy, make_tiny_tokenizer
 
 from irlign.errors import ConfigError, GuardError, ModelError
-from irlign.evaluate.golden import guard_golden, load_golden, score_golden
+from irlign.evaluate.golden import golden_inputs, guard_golden, load_golden, score_golden
 
 MODULE = """
 def length(prompts, completions):
@@ -15,6 +17,11 @@ def broken(prompts, completions):
     return [float("nan") for _ in completions]
 def wrong(prompts):
     return []
+def missing(prompts, completions):
+    return {}["no such answer"]
+def half(prompts, completions):
+    assert len(completions) == 1, "one at a time"
+number = 3
 """
 
 
@@ -22,6 +29,7 @@ def wrong(prompts):
 def module(tmp_path, monkeypatch):
     (tmp_path / "golden_for_test.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "golden_for_test", raising=False)  # that of another test
 
 
 def test_a_function_of_your_own(module):
@@ -29,10 +37,36 @@ def test_a_function_of_your_own(module):
     assert score_golden(golden, ["p", "q"], ["a", "bcd"], "mine").tolist() == [1, 3]
 
 
-@pytest.mark.parametrize(("name", "message"), [("short", "gave shape"), ("broken", "not finite"), ("wrong", "failed: ")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "gave shape"),
+        ("broken", "not finite"),
+        ("wrong", "failed: TypeError"),
+        ("missing", "missing failed: KeyError: 'no such answer'"),
+        ("half", "half failed: AssertionError: one at a time"),
+    ],
+)
 def test_a_function_that_misbehaves(module, name, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         score_golden(load_golden(f"golden_for_test:{name}"), ["p", "q"], ["a", "b"], name)
+    assert (caught.value.__cause__ is not None) == ("failed" in message)  # --debug shows it
+
+
+def test_a_module_that_cannot_be_imported(module, tmp_path):
+    for number, line in enumerate(("1 / 0", "import sys; sys.exit(3)", "def f(:")):
+        (tmp_path / f"bad_for_test_{number}.py").write_text(line)
+        with pytest.raises(ConfigError, match="cannot be imported: "):
+            load_golden(f"bad_for_test_{number}:f")
+    with pytest.raises(ConfigError, match="number in golden_for_test is no function"):
+        load_golden("golden_for_test:number")
+
+
+def test_what_it_depends_on(module, tmp_path):
+    """The file behind a function, or the checkpoint: a stage that uses it runs again when that changes."""
+    assert golden_inputs("golden_for_test:length") == {"golden_reward": str(tmp_path / "golden_for_test.py")}
+    assert golden_inputs(str(tmp_path)) == {"golden_reward": str(tmp_path)}
+    assert golden_inputs(None) == golden_inputs("no_such_module:f") == golden_inputs("no_such.module:f") == {}
 
 
 def test_what_is_not_there(module, tmp_path):
@@ -63,6 +97,28 @@ def test_a_checkpoint(tmp_path, labels):
     make_tiny_tokenizer().save_pretrained(tmp_path / "bad")
     with pytest.raises(ModelError, match="has no trained head"):
         load_golden(str(tmp_path / "bad"))
+
+
+def test_a_reward_of_irlign_is_read_as_it_was_trained(tmp_path):
+    """At EOS, under its own template: what `load_reward` gives, not the last token of the bare text."""
+    from irlign.files import write_json
+    from irlign.reward.load import load_reward
+    from irlign.reward.model import Classifier
+
+    Classifier.start(make_tiny_policy(tmp_path / "policy"), "hh", "init-sft").save(tmp_path / "mine")
+    write_json(tmp_path / "mine/reward.json", {"kind": "classifier", "name": "init-sft", "chat_template": "hh"})
+    asked = (["the cat", "a dog"], [" ran.", " sat on the mat."])
+    assert load_golden(str(tmp_path / "mine"))(*asked) == pytest.approx(load_reward(tmp_path / "mine").score(*asked))
+
+
+def test_a_copy_of_a_model_of_the_run_is_refused(tmp_path):
+    for folder, weights in (("rewards/init-sft", b"own"), ("copy", b"own"), ("other", b"another's")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(GuardError, match="this very run"):
+        guard_golden(str(tmp_path / "copy"), [tmp_path / "rewards"])
+    guard_golden(str(tmp_path / "other"), [tmp_path / "rewards"])
+    guard_golden("module:function", [tmp_path / "rewards"])
 
 
 def test_a_model_of_the_run_itself_is_refused(tmp_path):

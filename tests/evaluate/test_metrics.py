@@ -91,3 +91,20 @@ def test_the_headline_says_what_the_numbers_say():
     assert headline(_results((1, 1, 1, 1)))[0].startswith("Best-of-4 is not shown to beat SFT: +0.00")
     none = headline(_results(None))
     assert none[0] == "There is no golden reward, so whether Best-of-4 beats SFT is not shown here." and "100%" in none[1]
+
+
+@pytest.mark.parametrize(
+    ("golden", "words"),
+    [
+        ((0, 1, 2, 3), "would have gained +1.50 ["),
+        ((3, 2, 1, 0), "would have lost -1.50 ["),
+        ((1, 1, 1, 1), "would not have been shown to gain: +0.00"),
+    ],
+)
+def test_where_the_judge_keeps_sft_the_headline_does_not_contradict_it(golden, words):
+    kept = {"n": 1, "label_free": 1, "why": "no larger n is shown to be better, so SFT is kept"}
+    lines = headline({**_results(golden), "choice": kept})
+    assert lines[0].startswith("The label-free judge shows no gain, so SFT is kept. By quality Best-of-4 " + words)
+    assert not any(line.startswith("Best-of-") for line in lines)
+    given = headline({**_results(golden), "choice": {"n": 1, "label_free": 4, "why": "given by best_of_n.n; the judge would take 4"}})
+    assert given[0].startswith("SFT is kept: given by best_of_n.n; the judge would take 4. By quality Best-of-4 " + words)

@@ -66,7 +66,7 @@ CALM = {
     "judge_correlation": measured(0.2),
     "judge": {"1": measured(0.0), "2": measured(0.2), "4": measured(0.3)},
 }
-CHOICE = {"n": 4, "label_free": 4}
+CHOICE = {"n": 4, "label_free": 4, "auc": 0.8, "demonstrations": 30}
 
 
 def test_a_calm_run_raises_no_alarm():
@@ -85,7 +85,12 @@ def test_a_calm_run_raises_no_alarm():
         ("the reward follows repetition", {"repetition_correlation": measured(0.7, 0.6, 0.8)}, CHOICE),
         ("picks are outliers", {"outlier_picks": measured(0.4, 0.3, 0.5)}, CHOICE),
         ("the reward and the judge disagree", {"judge_correlation": measured(-0.2, -0.3, -0.1)}, CHOICE),
-        ("turns down", {"judge": {"1": measured(0.0), "2": measured(0.3), "4": measured(0.1, 0.0, 0.2)}}, {"n": 2, "label_free": 2}),
+        ("the judge cannot tell demonstrations from samples", {}, {"n": 4, "label_free": 4, "auc": 0.53, "demonstrations": 30}),
+        (
+            "by the judge, the held-out curve turns down",
+            {"judge": {"1": measured(0.0), "2": measured(0.3), "4": measured(0.1, 0.0, 0.2)}},
+            {"n": 2, "label_free": 2},
+        ),
         ("n is larger", {}, {"n": 4, "label_free": 2}),
     ],
 )

@@ -53,6 +53,14 @@ def test_the_cache_is_keyed_by_content(tmp_path, monkeypatch):
         assert not _pretrain(tmp_path / f"c{i}", **change)["cached"]
 
 
+def test_the_cache_replaces_what_a_killed_attempt_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("IRLIGN_CACHE", str(tmp_path / "cache"))
+    _pretrain(tmp_path / "a")
+    (tmp_path / "b/init").mkdir(parents=True)
+    (tmp_path / "b/init/torn").write_text("half a file")
+    assert _pretrain(tmp_path / "b")["cached"] and hash_path(tmp_path / "a/init") == hash_path(tmp_path / "b/init")
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IRLIGN_CACHE", str(tmp_path / "file/cache"))

@@ -44,6 +44,7 @@ def _train(policy, folder, dev=None, seed=0, **settings):
     )
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("peft", [False, True])
 def test_it_learned(policy, tmp_path, peft):
     """Held-out demonstrations become likelier; a paired permutation over them says it is no accident."""

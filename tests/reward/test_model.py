@@ -1,7 +1,10 @@
 """The classifier reward: one score for one answer whatever the batch and the padding, and a checkpoint anyone can load."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +12,10 @@ import torch
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
 from irlign.data.chat import Format, pad
-from irlign.errors import ModelError
+from irlign.errors import DataError, ModelError
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
+from irlign.progress import QUIET
 from irlign.reward import log_ratio
 from irlign.reward import model as reward_model
 from irlign.reward.load import load_reward, score_all
@@ -43,6 +47,19 @@ def published(request, tmp_path_factory):
     reward.save(folder)
     (folder / "reward.json").write_text(json.dumps(CARD))
     return folder
+
+
+def test_prompts_and_answers_come_in_pairs(published):
+    for asked, message in (((["a", "b"], [" x"]), "2 prompts and 1 answers"), (("a", [" x"]), "this is one text")):
+        with pytest.raises(DataError, match=message):
+            load_reward(published).score(*asked)
+
+
+def test_the_python_face_is_quiet_too(published):
+    """No bar of the libraries below, even where they were imported first."""
+    code = f"import transformers, irlign; irlign.load_reward({str(published)!r}).score(['the cat'], [' sat.'])"
+    given = {k: v for k, v in os.environ.items() if k not in QUIET} | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True).stderr == ""
 
 
 def test_the_batch_and_the_padding_change_no_score(published, monkeypatch):

@@ -1,22 +1,25 @@
 """The one place where text meets the tokenizer: the format that SFT, sampling, rewards and evaluation all use.
 
 A row is `prompt_ids + completion_ids`, and `completion_ids` always end with EOS. The prompt is the text as it
-stands (with BOS where the tokenizer adds one) or the chat template's rendering up to the assistant's turn.
+stands (with BOS where the tokenizer adds one) or the chat template's rendering up to the assistant's turn. Special tokens
+that stand in the user's own text, a `</s>` in a question, are plain text: only the template writes control tokens.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from irlign.errors import ConfigError, DataError, ModelError
-from irlign.records import Message, PromptContent, prompt_identity
+from irlign.records import Message, PromptContent, is_text, prompt_identity
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that transformers' losses skip
+STANDS_IN = 0x10F000  # from here on, private characters stand for the special tokens in the user's text until it is tokenized
 
 TEMPLATES = {
     "hh": (
@@ -64,8 +67,8 @@ class Encoded:
 class Format:
     """How prompts and completions become token ids, for one tokenizer.
 
-    `chat_template`: "auto" (the tokenizer's own; plain text where it has none), "none" (plain text), "hh", "chatml", or
-    the path of a Jinja file. With a template in force a plain string is one user message; without one, a conversation
+    `chat_template`: "auto" (the tokenizer's own; plain text where it has none), "none" (plain text), "hh", "chatml", a
+    Jinja template, or the path of its file. With a template in force a plain string is one user message; without one, a conversation
     is an error. The template in force is set on the tokenizer, so that it is saved with every model.
     """
 
@@ -82,38 +85,94 @@ class Format:
         # An HH prompt ends in "Assistant:" (a space there would be a token of its own), so the answer brings the space.
         self.lead = " " if (self.template or "").endswith(TEMPLATES["hh"]) else ""
         tokenizer.chat_template = self.template
+        special = sorted((t for t in tokenizer.added_tokens_decoder.values() if t.special), key=lambda t: -len(t.content))
+        self._control_ids = {tokenizer.convert_tokens_to_ids(t.content) for t in special} - {tokenizer.unk_token_id}
+        self._spelling = {STANDS_IN + i: t.content for i, t in enumerate(special)}
+        self._stand_in = {t: chr(code) for code, t in self._spelling.items()}
+        self._special = re.compile("|".join(re.escape(t.content) for t in special) or "(?!)")
+        # As the tokenizer finds them: some take the spaces beside them along.
+        own = (r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in special)
+        self._control = re.compile(f"({'|'.join(own) or '(?!)'})")
 
     def prompt_text(self, content: PromptContent) -> str:
         """The prompt as the model reads it, without BOS."""
+        return self._rendered(content).translate(self._spelling)
+
+    def holds_special(self, content: PromptContent, completion: str) -> bool:
+        """Whether the prompt or the answer holds a special token, which is then read as plain text."""
+        texts = [content] if isinstance(content, str) else [m["content"] for m in content]
+        return any(self._special.search(text) for text in (*texts, self._before_eos(completion)))
+
+    def _before_eos(self, completion: str) -> str:
+        """Many files end an answer with the text of EOS: it is the end, as every answer has one, and no part of the answer."""
+        return completion.removesuffix(str(self.tokenizer.eos_token))
+
+    def _own(self, text: str) -> str:
+        """The user's text with a private character in the place of each special token."""
+        return self._special.sub(lambda found: self._stand_in[found[0]], text)
+
+    def _rendered(self, content: PromptContent) -> str:
+        """The prompt's text, where the special tokens of the user's own text are private characters."""
         if self.template is None:
             if isinstance(content, str):
-                return content
+                return self._own(content)
             raise DataError(
                 "the data holds conversations, and this model has no chat template",
                 where=self.tokenizer.name_or_path or None,
                 do="say how turns are written: data.chat_template=chatml, hh, or the path of a Jinja template",
             )
-        messages = [Message(role="user", content=content)] if isinstance(content, str) else [dict(m) for m in content]
+        turns = [Message(role="user", content=content)] if isinstance(content, str) else content
+        messages = [{**m, "content": self._own(m["content"])} for m in turns]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))  # type: ignore[arg-type]
         except Exception as error:  # Jinja raises whatever the template asks for
             raise DataError(f"the chat template refuses this conversation: {error}", where=str(messages)[:200]) from error
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole texts: BOS (where the tokenizer adds one) for plain text, none for a rendered template."""
+    def _ids(self, texts: Sequence[str], bos: bool) -> list[list[int]]:
+        """Token ids of rendered texts, with BOS where `bos` and the tokenizer adds one (a template has written its own)."""
+        held = [not text.isascii() and text != text.translate(self._spelling) for text in texts]
+        ordinary = iter(self._tokenized([text for text, special in zip(texts, held, strict=True) if not special], bos))
+        return [self._spelled(text, bos) if special else next(ordinary) for text, special in zip(texts, held, strict=True)]
+
+    def _spelled(self, text: str, bos: bool) -> list[int]:
+        """Token ids of a text with private characters: the template's control tokens as they are, each stretch between them as
+        plain text. Raises DataError where the tokenizer knows no spelling of a special token but the token itself.
+        """
+        ids: list[int] = []
+        for number, piece in enumerate(self._control.split(text)):
+            if number % 2:
+                ids.append(int(self.tokenizer.convert_tokens_to_ids(piece.strip())))  # type: ignore[arg-type]
+            elif piece:
+                own = self._tokenized([piece.translate(self._spelling)], bos and not number, split_special_tokens=True)[0]
+                added = self._tokenized([""], bos and not number)[0]
+                if sum(i in self._control_ids for i in own) > sum(i in self._control_ids for i in added):
+                    found = ", ".join(sorted({self._spelling[ord(c)] for c in piece if ord(c) in self._spelling}))
+                    what = f"the text holds {found}, which this tokenizer reads as a control token wherever it stands"
+                    where = repr(text.translate(self._spelling))[:80]
+                    raise DataError(what, where=where, do="take it out of the data")
+                ids += own
+        return ids
+
+    def _tokenized(self, texts: Sequence[str], bos: bool, **options: Any) -> list[list[int]]:
         if not texts:
             return []
-        plain = self.template is None
-        rows = self.tokenizer(list(texts), add_special_tokens=plain, return_attention_mask=False, verbose=False)["input_ids"]
+        options |= {"add_special_tokens": bos, "return_attention_mask": False, "verbose": False}
+        try:
+            rows = self.tokenizer(list(texts), **options)["input_ids"]
+        except (TypeError, UnicodeEncodeError) as error:
+            torn = next((text for text in texts if not is_text(text)), None)
+            if torn is None:
+                raise
+            raise DataError("holds half of a surrogate pair, which is no text", where=repr(torn)[:80], do="repair the text") from error
         eos = self.tokenizer.eos_token_id
-        return [row[:-1] if plain and len(row) > 1 and row[-1] == eos else list(row) for row in rows]
+        return [row[:-1] if bos and len(row) > 1 and row[-1] == eos else list(row) for row in rows]
 
     def prompt_ids(self, content: PromptContent) -> list[int]:
         """Token ids of the prompt; a model that adds no BOS and an empty prompt give an empty list, which is an error."""
         return self.prompts_ids([content])[0]
 
     def prompts_ids(self, contents: Sequence[PromptContent]) -> list[list[int]]:
-        rows = self._ids([self.prompt_text(c) for c in contents])
+        rows = self._ids([self._rendered(c) for c in contents], self.template is None)
         for content, row in zip(contents, rows, strict=True):
             if not row:
                 raise DataError("a prompt gives no token at all", where=repr(content)[:80], do="remove it from the data")
@@ -126,21 +185,20 @@ class Format:
         """One row for each prompt and completion. Prompt and completion are tokenized together, so that a completion's
         leading space is the same token here as in running text; where the two would share a token, each is taken alone.
         """
+        check_pairs(contents, completions)
         keys = [prompt_identity(c) for c in contents]
         distinct = dict(zip(keys, contents, strict=True))
-        texts = {k: self.prompt_text(c) for k, c in distinct.items()}
+        texts = {k: self._rendered(c) for k, c in distinct.items()}
         prompts = dict(zip(distinct, self.prompts_ids(list(distinct.values())), strict=True))
+        completions = [self._own(self._before_eos(y)) for y in completions]
         completions = [y if y[:1].isspace() else self.lead + y for y in completions]
-        whole = self._ids([texts[k] + y for k, y in zip(keys, completions, strict=True)])
+        whole = self._ids([texts[k] + y for k, y in zip(keys, completions, strict=True)], self.template is None)
         eos = self.tokenizer.eos_token_id
         rows = []
         for key, completion, ids in zip(keys, completions, whole, strict=True):
             head = prompts[key]
-            if ids[: len(head)] == head:
-                tail = ids[len(head) :]
-            else:
-                tail = list(self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"])
-            rows.append(Encoded(head, tail if tail[-1:] == [eos] else [*tail, eos]))
+            tail = ids[len(head) :] if ids[: len(head)] == head else self._ids([completion], False)[0]
+            rows.append(Encoded(head, [*tail, eos]))
         return rows
 
     def decode_completion(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
@@ -161,6 +219,14 @@ class Format:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def check_pairs(contents: Sequence[PromptContent], completions: Sequence[str]) -> None:
+    """Raises DataError where these are not as many prompts as answers, each of them in a list."""
+    if isinstance(contents, str) or isinstance(completions, str):
+        raise DataError("prompts and answers come as two lists, and this is one text", do='write ["a prompt"], ["an answer"]')
+    if len(contents) != len(completions):
+        raise DataError(f"{len(contents)} prompts and {len(completions)} answers", do="give one answer for each prompt")
+
+
 def _resolve_template(name: str, tokenizer: Any) -> str | None:
     if name == "auto":
         return tokenizer.chat_template
@@ -170,14 +236,26 @@ def _resolve_template(name: str, tokenizer: Any) -> str | None:
         bos = tokenizer.bos_token_id  # a model that reads BOS before every text reads it before a conversation too
         starts = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
         return ("{{ bos_token }}" if starts else "") + TEMPLATES[name]
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise ConfigError(
-            f"no chat template {name!r}",
-            where="data.chat_template",
-            do=f"use one of auto, none, {', '.join(TEMPLATES)}, or the path of a Jinja file",
-        )
-    return path.read_text(encoding="utf-8")
+    return template_text(name)
+
+
+def template_text(name: str) -> str:
+    """A template's name as it is; the text of a Jinja file, or such a text itself. Raises ConfigError where it is none of these."""
+    if name in ("auto", "none", *TEMPLATES) or _is_jinja(name):
+        return name
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if not _is_jinja(text):
+        what = "this file is no Jinja template" if Path(name).is_file() else f"no chat template {name!r}"
+        do = f"use one of auto, none, {', '.join(TEMPLATES)}, or the path of a Jinja file"
+        raise ConfigError(what, where="data.chat_template", do=do)
+    return text
+
+
+def _is_jinja(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def context_length(config: Any) -> int:

@@ -40,7 +40,7 @@ def measure(form: Format, rows: Sequence[Demonstration], max_length: int, room: 
 def apply_overlong(
     form: Format, rows: Sequence[Demonstration], settings: DataSettings, *, context: int, room: int, name: str
 ) -> tuple[list[Demonstration], dict[str, int]]:
-    """The rows that fit, as `on_overlong` says, and how many were dropped or cut.
+    """The rows that fit, as `on_overlong` says, and how many were dropped or cut, or hold special tokens as plain text.
 
     A row fits if prompt and answer have at most `max_length` tokens and the prompt leaves `room` for an answer. "truncate"
     cuts the answer after the last sentence that fits, so that it still ends with EOS; where none does, or where the
@@ -49,6 +49,7 @@ def apply_overlong(
     limit = min(settings.max_length or context, context)
     _, lengths = measure(form, rows, limit, room)
     counts = {"overlong_dropped": 0, "overlong_truncated": 0, "prompts_too_long": 0}
+    counts["special_tokens"] = sum(form.holds_special(row.prompt.content, row.completion) for row in rows)
     kept: list[Demonstration] = []
     over = sum(a or b for a, b in zip(lengths.over(), lengths.crowded(), strict=True))
     for row, long, crowded, total, prompt in zip(rows, lengths.over(), lengths.crowded(), lengths.totals, lengths.prompts, strict=True):
@@ -146,9 +147,11 @@ def read_notes(notes: Mapping[str, Any]) -> list[str]:
     words = {
         "empty": "with an empty answer, dropped",
         "duplicates": "duplicates, dropped",
+        "turns_after_answer": "turns after a last answer, dropped",
         "overlong_dropped": "too long, dropped",
         "overlong_truncated": "too long, cut after a sentence",
         "prompts_too_long": "with a prompt too long to answer, dropped",
+        "special_tokens": "with special tokens of the tokenizer in them, read as plain text",
     }
     found = []
     for source, counts in notes.items():

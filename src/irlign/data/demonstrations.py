@@ -1,16 +1,18 @@
 """Rows become demonstrations: the column conventions people have, checks, de-duplication, the split by prompt."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from irlign.config import Settings
+from irlign.data.chat import template_text
 from irlign.data.hh import is_transcript, turns
-from irlign.data.readers import read_rows
+from irlign.data.readers import kind_of, read_rows
 from irlign.errors import DataError, GuardError
 from irlign.records import SPLITS, Demonstration, Message, Preference, Prompt, PromptContent, prompt_content
 
@@ -39,12 +41,20 @@ class DataSettings(Settings):
     )
     max_length: int | None = Field(None, ge=8, description="tokens of prompt and answer together; null = what the model reads")
     loss_on: Literal["last", "all"] = Field("last", description="messages with several turns: learn the last answer, or each one")
-    chat_template: str = Field("auto", description="auto (the tokenizer's own), none (plain text), hh, chatml, or a Jinja file")
+    chat_template: str = Field(
+        "auto", description="auto (the tokenizer's own), none (plain text), hh, chatml, or a Jinja file, whose text the run keeps"
+    )
     dev_fraction: float = Field(0.1, gt=0, lt=1, description="share of the prompts kept for choices")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the prompts kept for evaluation")
     dev_prompts: int | None = Field(None, ge=1, description="number of dev prompts, instead of the share")
     test_prompts: int | None = Field(None, ge=1, description="number of test prompts, instead of the share")
     allow_overlap: bool = Field(False, description="guard off: let test prompts of eval_dataset_name stand in the train data too")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _read_template(cls, value: str) -> str:
+        """The text of a Jinja file stands for it from here on, so that a run and its rewards need the file no more."""
+        return template_text(value)
 
 
 @dataclass
@@ -65,9 +75,10 @@ def load_demonstrations(name: str, settings: DataSettings, *, answers: bool = Tr
     rows = read_rows(name, split=settings.split, max_rows=settings.max_rows)
     found: list[Demonstration] = []
     columns: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     empty, first_empty = 0, ""
     for place, row in rows:
-        for content, completion, column in _examples(row, settings, place, answers):
+        for content, completion, column in _examples(row, settings, place, answers, lost):
             if answers and not completion.strip():
                 empty, first_empty = empty + 1, first_empty or place
                 continue
@@ -77,7 +88,7 @@ def load_demonstrations(name: str, settings: DataSettings, *, answers: bool = Tr
         more = f" (and {empty - 1} more)" if empty > 1 else ""
         raise DataError(f"the answer is empty{more}", where=first_empty, do="fill it in, or use data.on_empty=drop")
     kept = without_repeats(found) if distinct else found
-    notes = {"rows": len(rows), "answers": dict(columns), "empty": empty, "duplicates": len(found) - len(kept)}
+    notes = {"rows": len(rows), "answers": dict(columns), "empty": empty, "duplicates": len(found) - len(kept), **lost}
     if not kept:
         raise DataError("no row with an answer is left", where=name)
     return Loaded(kept, notes)
@@ -95,6 +106,7 @@ def load_preferences(name: str, settings: DataSettings) -> tuple[list[Preference
     """
     rows = read_rows(name, split=settings.split, max_rows=settings.max_rows)
     found, empty = [], 0
+    lost: Counter[str] = Counter()
     for place, row in rows:
         if "chosen" not in row or "rejected" not in row:
             raise DataError(f"has no chosen and rejected (it has {', '.join(row)})", where=place, do="give a preference file")
@@ -102,7 +114,7 @@ def load_preferences(name: str, settings: DataSettings) -> tuple[list[Preference
             content = _prompt(row[column], f"{place}, {column}")
             chosen, rejected = (_completion(row[side], f"{place}, {side}") for side in ("chosen", "rejected"))
         else:
-            (content, chosen), (other, rejected) = (_whole(row[side], f"{place}, {side}") for side in ("chosen", "rejected"))
+            (content, chosen), (other, rejected) = (_whole(row[side], f"{place}, {side}", lost) for side in ("chosen", "rejected"))
             if content != other:
                 raise DataError("chosen and rejected answer different prompts", where=place)
         if chosen.strip() and rejected.strip():
@@ -111,7 +123,7 @@ def load_preferences(name: str, settings: DataSettings) -> tuple[list[Preference
         empty += 1
         if settings.on_empty == "error":
             raise DataError("an answer is empty", where=place, do="fill it in, or use data.on_empty=drop")
-    return found, {"rows": len(rows), "empty": empty}
+    return found, {"rows": len(rows), "empty": empty, **lost}
 
 
 def preferences_of(preferences: Sequence[Preference], split: str, held: Mapping[str, set[str]], seed: int) -> list[Preference]:
@@ -124,21 +136,23 @@ def preferences_of(preferences: Sequence[Preference], split: str, held: Mapping[
     return [p for p in preferences if where(p.prompt.prompt_id) == split]
 
 
-def _whole(value: Any, place: str) -> tuple[PromptContent, str]:
+def _whole(value: Any, place: str, lost: Counter[str]) -> tuple[PromptContent, str]:
     """The prompt and the last answer of a whole conversation."""
     conversation = turns(value) if is_transcript(value) else _messages(value, place)
-    return _answered(conversation, "last", place)[0]
+    return _answered(conversation, "last", place, lost)[0]
 
 
-def _examples(row: Mapping[str, Any], settings: DataSettings, place: str, answers: bool) -> Iterable[tuple[PromptContent, str, str]]:
-    """(prompt, answer, column of the answer) of one row; several with loss_on=all."""
+def _examples(
+    row: Mapping[str, Any], settings: DataSettings, place: str, answers: bool, lost: Counter[str]
+) -> Iterable[tuple[PromptContent, str, str]]:
+    """(prompt, answer, column of the answer) of one row; several with loss_on=all. `lost` counts what nothing is made of."""
     prompt_column = settings.prompt_column or "prompt"
     if settings.prompt_column is None and ("messages" in row or "conversations" in row):
         column = "messages" if "messages" in row else "conversations"
         conversation = _messages(row[column], f"{place}, {column}")
         if not answers and conversation[-1]["role"] == "user":
             return [(tuple(conversation), "", column)]
-        return [(prompt, answer, column) for prompt, answer in _answered(conversation, settings.loss_on, f"{place}, {column}")]
+        return [(prompt, answer, column) for prompt, answer in _answered(conversation, settings.loss_on, f"{place}, {column}", lost)]
     if "instruction" in row and settings.prompt_column is None:
         parts = [_text(row["instruction"], f"{place}, instruction"), _text(row.get("input") or "", f"{place}, input")]
         prompt: Any = "\n\n".join(part for part in parts if part.strip())
@@ -147,7 +161,7 @@ def _examples(row: Mapping[str, Any], settings: DataSettings, place: str, answer
         prompt, names = row[prompt_column], ANSWERS
     elif is_transcript(row.get(settings.completion_column or "chosen")):
         column = settings.completion_column or "chosen"
-        return [(p, a, column) for p, a in _answered(turns(row[column]), settings.loss_on, place)]
+        return [(p, a, column) for p, a in _answered(turns(row[column]), settings.loss_on, place, lost)]
     else:
         raise DataError(
             f"has no column {prompt_column!r} (it has {', '.join(map(str, row)) or 'none'})",
@@ -185,14 +199,19 @@ def _completion(value: Any, place: str) -> str:
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"is a {type(value).__name__}, not text", where=place)
+        raise DataError(f"is {kind_of(value)}, not text", where=place)
     return value
 
 
 def _messages(value: Any, place: str) -> list[Message]:
-    """A chat list, `role`/`content` or ShareGPT's `from`/`value`, as messages."""
+    """A chat list, `role`/`content` or ShareGPT's `from`/`value`, as messages; in a table's cell it may be written as JSON."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError("is neither a list of messages nor JSON of one", where=place) from None
     if not isinstance(value, list | tuple) or not value or not all(isinstance(m, Mapping) for m in value):
-        kind = "an empty list" if value == [] else f"a {type(value).__name__}"
+        kind = "an empty list" if value == [] else kind_of(value)
         raise DataError(f"is {kind}, neither text nor a list of messages", where=place, do='a message is {"role": ..., "content": ...}')
     found = []
     for number, message in enumerate(value, 1):
@@ -206,11 +225,13 @@ def _messages(value: Any, place: str) -> list[Message]:
     return found
 
 
-def _answered(conversation: Sequence[Message], loss_on: str, place: str) -> list[tuple[PromptContent, str]]:
-    """(all before an assistant turn, that turn): the last one, or each."""
+def _answered(conversation: Sequence[Message], loss_on: str, place: str, lost: Counter[str]) -> list[tuple[PromptContent, str]]:
+    """(all before an assistant turn, that turn): the last one, or each. Turns after the last are counted in `lost`."""
     ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and i > 0]
     if not ends:
         raise DataError("has no assistant turn after a user's", where=place)
+    if after := len(conversation) - 1 - ends[-1]:
+        lost["turns_after_answer"] += after
     chosen = ends if loss_on == "all" else ends[-1:]
     return [(prompt_content(conversation[:i]), conversation[i]["content"]) for i in chosen]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irlign.errors import DataError
+from irlign.records import is_text
 
 Row = tuple[str, dict[str, Any]]  # "file:line" (or "file, row N") and the columns
 
@@ -96,7 +97,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"is not Parquet: {str(error).splitlines()[0]}", where=path) from None
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
@@ -139,9 +140,19 @@ def _read_text(path: Path) -> str:
 
 
 def _mapping(value: Any, place: str) -> dict[str, Any]:
+    """A row of a JSON file. Only JSON can spell half of a surrogate pair, which no tokenizer and no file takes: an error here."""
     if not isinstance(value, dict):
-        raise DataError(f"is a {type(value).__name__}, not an object with columns", where=place)
+        raise DataError(f"is {kind_of(value)}, not an object with columns", where=place)
+    if not is_text(json.dumps(value, ensure_ascii=False)):
+        do = "repair the text: an emoji was cut in two where the file was written"
+        raise DataError("holds half of a surrogate pair (like \\ud83d alone), which is no text", where=place, do=do)
     return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of the file that holds it."""
+    words = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def _reason(error: ValueError) -> str:

@@ -1,42 +1,84 @@
 """The golden reward: what an answer is truly worth, by something that training and selection never saw."""
 
+import contextlib
 import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from irlign.errors import ConfigError, GuardError, ModelError
+from irlign.errors import ConfigError, GuardError, IrlignError, ModelError
+from irlign.files import hash_path
 from irlign.records import PromptContent
+from irlign.reward.load import load_reward
 
-Golden = Callable[[Sequence[PromptContent], Sequence[str]], Sequence[float]]
+Golden = Callable[[Sequence[PromptContent], Sequence[str]], Sequence[float] | np.ndarray]
 BATCH = 32
+OWN = ("*.safetensors", "reward.json")  # the files that tell one reward from another
 
 
 def load_golden(spec: str) -> Golden:
-    """`module:function` (taking prompts and completions, giving one number each) or a sequence-classification checkpoint."""
-    if Path(spec).expanduser().is_dir() or ":" not in spec:
-        return _Checkpoint(os.path.expanduser(spec)).score
+    """`module:function` (taking prompts and completions, giving one number each), a reward of irlign's, or a
+    sequence-classification checkpoint. Raises ConfigError or ModelError where it cannot be loaded.
+    """
+    if not is_function(spec):
+        path = Path(spec).expanduser()
+        return load_reward(path).score if (path / "reward.json").is_file() else _Checkpoint(str(path)).score
     module_name, _, name = spec.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, SyntaxError, TypeError, ValueError) as error:
-        raise ConfigError(f"{spec!r} cannot be imported: {error}", where="evaluation.golden_reward", do="write module:function") from error
-    except AttributeError:
-        raise ConfigError(f"{module_name} has no {name}", where="evaluation.golden_reward", do="write module:function") from None
-    finally:
-        sys.path.remove(os.getcwd())
+        with _working_directory():
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the module is the user's: importing it may do anything
+        what = f"{spec!r} cannot be imported: {_said(error)}"
+        raise ConfigError(what, where="evaluation.golden_reward", do="write module:function") from error
+    if not callable(function := getattr(module, name, None)):
+        what = f"{name} in {module_name} is no function" if hasattr(module, name) else f"{module_name} has no {name}"
+        raise ConfigError(what, where="evaluation.golden_reward", do="write module:function")
     return function
 
 
+def is_function(spec: str) -> bool:
+    """Whether the golden reward is a `module:function`, and no checkpoint."""
+    return ":" in spec and not Path(spec).expanduser().is_dir()
+
+
+def golden_inputs(spec: str | None) -> dict[str, str]:
+    """What the golden reward depends on, as inputs of a stage: the file that holds the function, or the checkpoint."""
+    if not spec:
+        return {}
+    if not is_function(spec):
+        return {"golden_reward": os.path.expanduser(spec)}
+    try:
+        with _working_directory():
+            found = importlib.util.find_spec(spec.partition(":")[0])
+    except (Exception, SystemExit):  # `load_golden` says what is wrong with it
+        return {}
+    return {"golden_reward": found.origin} if found and found.has_location and found.origin else {}
+
+
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """Imports look into the working directory too, as with `python -m`."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def guard_golden(spec: str | None, trained: Sequence[Path]) -> None:
-    """Error where the golden reward is something that this run trained: it would be judging itself."""
-    path = Path(spec).expanduser().resolve() if spec else None
-    if path is not None and any(path == folder or path.is_relative_to(folder) for folder in trained):
+    """Error where the golden reward is something that this run trained, or a copy of it: it would be judging itself."""
+    if not spec:
+        return
+    path = Path(spec).expanduser().resolve()
+    inside = any(path == folder or path.is_relative_to(folder) for folder in trained)
+    if inside or ((own := _contents([path])) and own & _contents(trained)):
         raise GuardError(
             "the golden reward is a model of this very run",
             where="evaluation.golden_reward",
@@ -44,13 +86,20 @@ def guard_golden(spec: str | None, trained: Sequence[Path]) -> None:
         )
 
 
+def _contents(folders: Sequence[Path]) -> set[str]:
+    """The hashes of everything below the folders that makes a reward what it is: weights, and reward.json."""
+    return {hash_path(file) for folder in folders for pattern in OWN for file in folder.rglob(pattern)}
+
+
 def score_golden(golden: Golden, prompts: Sequence[PromptContent], completions: Sequence[str], name: str) -> np.ndarray:
     """One finite number for each answer, shape [len(prompts)]. Raises ConfigError where the function gives anything else."""
     try:
         values = np.asarray(list(golden(prompts, completions)), dtype=float)
-    except (TypeError, ValueError) as error:
-        do = "it takes a list of prompts and a list of completions and gives one number each"
-        raise ConfigError(f"{name} failed: {error}", where="evaluation.golden_reward", do=do) from error
+    except IrlignError:
+        raise
+    except Exception as error:  # the function is the user's: it may raise anything
+        do = "it takes a list of prompts and a list of completions and gives one number each; --debug shows where it failed"
+        raise ConfigError(f"{name} failed: {_said(error)}", where="evaluation.golden_reward", do=do) from error
     if values.shape != (len(prompts),) or not np.isfinite(values).all():
         what = (
             f"gave shape {values.shape} for {len(prompts)} answers"
@@ -59,6 +108,11 @@ def score_golden(golden: Golden, prompts: Sequence[PromptContent], completions: 
         )
         raise ConfigError(f"{name} {what}", where="evaluation.golden_reward")
     return values
+
+
+def _said(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 class _Checkpoint:

@@ -290,10 +290,13 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
     n = choice["n"] if choice else last
     how = ", n chosen without labels," if choice and choice["label_free"] == n else ""
-    kept = [f"SFT is kept: {choice['why'].removesuffix(', so SFT is kept')}."] if choice and n == 1 else []
+    kept = _kept(choice) if choice and n == 1 else ""
     if golden is None:
-        return kept + _without_golden(results, n, how)
-    lines = kept + [_compared(results, k, how if k == n else "") for k in dict.fromkeys((n, last)) if k > 1]
+        return [kept] * bool(kept) + _without_golden(results, n, how)
+    if kept:
+        lines = [f"{kept} {_forgone(results, last)}"] if last > 1 else [kept]
+    else:
+        lines = [_compared(results, k, how if k == n else "") for k in dict.fromkeys((n, last)) if k > 1]
     best = results["curve"]["best_n"]
     top, end = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(last)]["mean"]
     if top - end > 1e-9:  # a flat curve has its top anywhere
@@ -308,6 +311,22 @@ def headline(results: Mapping[str, Any]) -> list[str]:
         words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
         lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
     return lines
+
+
+def _kept(choice: Mapping[str, Any]) -> str:
+    """Why there is no selection: the judge saw no gain, or what else the choice says."""
+    if choice["label_free"] == 1:
+        return "The label-free judge shows no gain, so SFT is kept."
+    return f"SFT is kept: {choice['why'].removesuffix(', so SFT is kept')}."
+
+
+def _forgone(results: Mapping[str, Any], n: int) -> str:
+    """What Best-of-n would have done, seen with the golden reward only."""
+    test = find_test(results, f"best_of_{n}", "sft")
+    assert test is not None
+    words = {"better": "would have gained", "worse": "would have lost", "unclear": "would not have been shown to gain:"}[verdict(test)]
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])}"
+    return f"By {results['golden']['name']} Best-of-{n} {words} {amount}, over {test['prompts']} test prompts."
 
 
 def _compared(results: Mapping[str, Any], n: int, how: str) -> str:

@@ -109,12 +109,23 @@ def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[
     if agreement and agreement["ci95"][1] < 0:
         seen = f"within a prompt its rank correlation with the judge of held-out demonstrations is {agreement['mean']:+.2f}"
         yield "the reward and the judge disagree", seen, "try another reward.contrast, or keep SFT"
+    if (told := choice.get("auc")) is not None and told < CHANCE:
+        seen = f"on prompts it was not fitted on, its AUC is {told:.2f} over {choice['demonstrations']} demonstrations; 0.5 is chance"
+        yield (
+            "the judge cannot tell demonstrations from samples",
+            seen,
+            "do not rely on its choice of n: set best_of_n.n, and read the samples",
+        )
     if judged:
         top = max(judged, key=lambda n: judged[n]["mean"])
         last = list(judged)[-1]
         if judged[last]["ci95"][1] < judged[top]["mean"] and int(last) > choice["n"]:
-            seen = f"by the judge the gain is {judged[top]['mean']:+.2f} sd at n = {top} and {judged[last]['mean']:+.2f} at n = {last}"
-            yield "the held-out curve turns down", seen, f"n = {choice['n']} is used; a larger best_of_n.n would be over-optimised"
+            seen = f"the gain is {judged[top]['mean']:+.2f} sd at n = {top} and {judged[last]['mean']:+.2f} at n = {last}"
+            yield (
+                "by the judge, the held-out curve turns down",
+                seen,
+                f"n = {choice['n']} is used; a larger best_of_n.n would be over-optimised",
+            )
     if choice["label_free"] is not None and choice["n"] > choice["label_free"]:
         seen = f"best_of_n.n={choice['n']} was given, and the judge would take {choice['label_free']}"
         yield "n is larger than the judge would take", seen, "leave best_of_n.n out, or read the curve before you publish"

@@ -70,6 +70,19 @@ def load_config(path: str) -> Any:
         raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path, do=_install_peft(error)) from error
 
 
+def check_causal(path: str) -> None:
+    """Raises ModelError where the checkpoint in a folder or at a Hub id is no causal language model, by its configuration alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = load_config(path)
+    if Path(path, "adapter_config.json").is_file():
+        return
+    wrong_head = [a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a]
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
+        kind = ", ".join(config.architectures or [config.model_type])
+        raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
+
+
 def load_policy(path: str, name: str = "policy") -> Policy:
     """The causal language model in a folder or at a Hub id; an adapter's folder (needs peft) gives the merged model.
 
@@ -77,20 +90,13 @@ def load_policy(path: str, name: str = "policy") -> Policy:
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     tokenizer = load_tokenizer(path)
     adapter = Path(path, "adapter_config.json").is_file()
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     info: dict[str, Any] = {}
     if not adapter:
-        config = load_config(path)
-        wrong_head = [
-            a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a
-        ]
-        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
-            kind = ", ".join(config.architectures or [config.model_type])
-            raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
+        check_causal(path)
     try:
         if adapter:
             from peft import AutoPeftModelForCausalLM

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from irlign.data.chat import Format
+from irlign.files import remove
 from irlign.machine import versions
 from irlign.policy.load import Policy, save_policy
 from irlign.policy.sft import collate
@@ -60,6 +61,7 @@ def pretrain(
     key = _content_hash([corpus, words, settings.model_dump(mode="json"), chat_template, seed, versions()])
     stored = Path(os.environ.get("IRLIGN_CACHE") or Path.home() / ".cache/irlign").expanduser() / "pretrained" / key
     if (stored / "log.json").is_file():
+        remove(folder)  # what a killed attempt may have left
         shutil.copytree(stored / "policy", folder)
         say(f"pretrain: taken from the cache ({key})")
         return {**json.loads((stored / "log.json").read_text(encoding="utf-8")), "cached": True}

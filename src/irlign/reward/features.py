@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from irlign.data.chat import Format, context_length, length_sorted_batches, pad
+from irlign.data.chat import Format, check_pairs, context_length, length_sorted_batches, pad
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
 from irlign.policy.load import device, load_config, load_policy, load_tokenizer
@@ -100,6 +100,7 @@ class Features:
         self.known: dict[str, np.ndarray] = {}
 
     def __call__(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        check_pairs(prompts, completions)
         keys = [_answer_identity(p, c) for p, c in zip(prompts, completions, strict=True)]
         missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.values())
         if missing:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from irlign.config import Settings
+from irlign.errors import ConfigError
 from irlign.records import Prompt, Sample
 
 
@@ -53,15 +54,18 @@ class Engine(Protocol):
         ...
 
 
+def check_engine(name: str) -> None:
+    """Raises ConfigError on an unknown name."""
+    if name != "transformers":
+        raise ConfigError(f"no engine {name!r}", where="sampling.engine", do="use transformers")
+
+
 def load_engine(policy: Path, settings: SamplingSettings, chat_template: str, settled: Mapping[str, Any] | None = None) -> Engine:
     """The engine named in the settings, holding the policy in a folder; `settled` as an earlier part recorded it.
 
     Raises ConfigError on an unknown name.
     """
-    from irlign.errors import ConfigError
-
-    if settings.engine != "transformers":
-        raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do="use transformers")
+    check_engine(settings.engine)
     from irlign.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, settings, chat_template, settled)

@@ -1,0 +1,40 @@
+"""Bad settings are found before any compute: what a recipe names is there, and everything that is passed on is accepted."""
+
+import os
+from pathlib import Path
+
+from irlign.evaluate.golden import is_function, load_golden
+from irlign.policy.load import check_causal, load_config
+from irlign.recipe import Recipe
+from irlign.sampling.engine import check_engine
+from irlign.training import TrainerSettings, training_arguments
+
+
+def preflight(recipe: Recipe) -> None:
+    """Raises ConfigError for an unknown engine, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
+    refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
+    """
+    check_engine(recipe.sampling.engine)
+    for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
+        check_causal(checkpoint)
+    if recipe.reward.backbone not in ("sft", "init"):
+        load_config(recipe.reward.backbone)
+    if spec := recipe.evaluation.golden_reward:
+        _golden(spec)
+    for settings in _trained(recipe):
+        if settings.trainer or recipe.report_to != "none" or settings.lr_scheduler_type != type(settings)().lr_scheduler_type:
+            training_arguments(settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to)
+
+
+def _golden(spec: str) -> None:
+    if is_function(spec):
+        load_golden(spec)
+    elif not (Path(spec).expanduser() / "reward.json").is_file():
+        load_config(os.path.expanduser(spec))
+
+
+def _trained(recipe: Recipe) -> list[TrainerSettings]:
+    """The settings of every stage that trains through transformers' Trainer."""
+    found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
+    found += [] if recipe.sft_model_name_or_path else [recipe.sft]
+    return [*found, *([recipe.reward] if recipe.reward.kind != "features" else [])]
