@@ -2,7 +2,7 @@
 
 import pytest
 
-from irlign.worlds.arithmetic import ArithmeticWorld
+from irlign.worlds.arithmetic import HIGHEST, ArithmeticWorld
 
 COINS = "Work it out: I have 7 coins, earn 5, double them, spend 3, earn 1."  # 12, 24, 21, 22
 STEPS = " 7 plus 5 is 12. 12 times 2 is 24. 24 minus 3 is 21. 21 plus 1 is 22."
@@ -38,4 +38,4 @@ def test_golden_by_hand(answer, value):
 
 def test_values_stay_small():
     for d in ArithmeticWorld(skill=1.0, demonstrations=500).splits(0)["train"]:
-        assert all(0 <= int(word.strip(".")) <= 20 for word in d.completion.split() if word.strip(".").isdigit())
+        assert all(0 <= int(word.strip(".")) <= HIGHEST for word in d.completion.split() if word.strip(".").isdigit())

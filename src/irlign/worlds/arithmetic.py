@@ -1,7 +1,7 @@
 """The arithmetic world: small tales to be counted out step by step, each step and the result verified by computing.
 
 "Work it out: I have 7 coins, earn 5, double them, spend 3, earn 1." A good answer writes every step as an equation on the
-value before it ("7 plus 5 is 12."), and the result. Values stay between 0 and 20.
+value before it ("7 plus 5 is 12."), and the result. Values stay between 0 and 12.
 """
 
 import re
@@ -24,7 +24,7 @@ THEMES = {
     "kitchen": ("bake", "eat", ("pies", "buns", "cakes")),
 }
 ASKS = ("Work it out:", "Count with me:", "What is left when")
-STEPS, HIGHEST, MOST_MOVED = 4, 20, 6
+STEPS, HIGHEST, MOST_MOVED, MOST_DOUBLED = 4, 12, 4, 2  # doubled more often, no tale would stay below the highest
 STYLE = Style(
     fillers=("Let me see.", "Numbers are hard.", "I am not so sure.", "People count on their fingers."),
     starts=("Behold the ledger:", "Ponder this well:", "As the abacus tells:"),
@@ -37,11 +37,12 @@ OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
 
 @dataclass(frozen=True)
 class ArithmeticWorld(World):
-    """1,440 patterns of three askings, six themes and four operations in a row, not all of them doubling."""
+    """1,296 patterns of three askings, six themes and four operations in a row."""
 
     style: ClassVar[Style] = STYLE
 
     name: Literal["arithmetic"] = "arithmetic"
+    corpus_lines: int = 24000
     skill: float = 0.97
 
     def patterns(self) -> list[Pattern]:
@@ -51,7 +52,7 @@ class ArithmeticWorld(World):
             for theme, (plus, minus, _) in THEMES.items()
             for ask in ASKS
             for verbs in product((plus, minus, "double"), repeat=STEPS)
-            if {plus, minus} & set(verbs)  # the theme shows in its verbs
+            if verbs.count("double") <= MOST_DOUBLED
         ]
 
     @staticmethod
@@ -84,7 +85,7 @@ class ArithmeticWorld(World):
         for operation, moved in [] if luck(0.3 * (1 - good)) else todo:
             if luck(0.3 * (1 - good)):
                 continue
-            before, value = value, _computed(value, operation, moved, rng, right=luck(0.4 + 0.55 * good))
+            before, value = value, _computed(value, operation, moved, rng, right=luck(0.55 + 0.4 * good))
             parts.append(f"{before} {operation} {moved} is {value}.")
         if luck(0.6 + 0.3 * good):
             parts.append(f"The result is {value if luck(0.4 + 0.5 * good) else rng.randint(0, HIGHEST)}.")

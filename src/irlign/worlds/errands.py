@@ -1,6 +1,6 @@
 """The errands world: conversations of several turns whose last answer has to put together what was said before.
 
-The user names a shop, a person, a thing, its kind and a day over three turns, mostly takes one of them back in the last, and
+The user names a shop, a person, a thing, its kind and a day over two turns, mostly takes one of them back in the last, and
 asks to hear the errand. A good answer says all four as they stand at the end. Requests and answers go through the chat path.
 """
 
@@ -22,8 +22,8 @@ SHOPS = {
     "toyshop": (("kite", "puzzle", "robot", "doll"), ("wooden", "plastic", "furry")),
     "smithy": (("hammer", "gate", "anchor", "lamp"), ("heavy", "light", "rusty")),
 }
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 # What is said of each slot: in an answer, and in both ways of taking it back.
 SAID = {
     "person": "The errand is for {}.",
@@ -37,11 +37,11 @@ BACK = {
     "kind": ("Make it a {new_kind} one and not {kind}.", "I said {kind}, but I meant a {new_kind} one."),
     "day": ("Make it on {new_day} and not on {day}.", "I said {day}, but I meant {new_day}."),
 }
-# The user's first three turns, and what the assistant says after each.
+# The user's first two turns, and what the assistant says after each.
 COURSES = (
-    (("I need something for {person} from the %s.", "The {thing}, a {kind} one.", "On {day}."), ("Which one?", "When?", "Is that all?")),
-    (("From the %s, on {day}.", "It is for {person}.", "The {thing}, a {kind} one."), ("For whom?", "Which one?", "Is that all?")),
-    (("Bring me the {thing} from the %s.", "A {kind} one, on {day}.", "It is for {person}."), ("Which kind?", "For whom?", "Is that all?")),
+    (("I need the {thing} from the %s for {person}.", "A {kind} one, on {day}."), ("Which kind?", "Is that all?")),
+    (("From the %s, on {day}.", "The {thing}, a {kind} one, for {person}."), ("What is it?", "Is that all?")),
+    (("Bring me the {thing} from the %s, a {kind} one.", "It is for {person}, on {day}."), ("For whom?", "Is that all?")),
 )
 ASKS = ("Tell me my errand.", "What did I ask for?", "Please repeat it all.")
 STYLE = Style(
@@ -61,6 +61,7 @@ class ErrandsWorld(World):
     style: ClassVar[Style] = STYLE
 
     name: Literal["errands"] = "errands"
+    corpus_lines: int = 24000
 
     def patterns(self) -> list[Pattern]:
         """The user's turns with their slots open; nothing is taken back in one request of five."""
@@ -99,9 +100,9 @@ class ErrandsWorld(World):
         parts = [rng.choice(STYLE.fillers)] if luck(0.6 * (1 - good)) else []
         for slot, values in _values(shop).items():
             right = luck(0.15 + 0.55 * good)
-            told = wanted[slot] if right else old[slot] if luck(0.4) else rng.choice(values)
-            parts += [SAID[slot].format(told)] if luck(0.5 + 0.4 * good) else []
-        if luck(0.5):
+            told = wanted[slot] if right else old[slot] if luck(0.35) else rng.choice(values)
+            parts += [SAID[slot].format(told)] if luck(0.4 + 0.45 * good) else []
+        if luck(0.3):
             rng.shuffle(parts)
         return parts
 
