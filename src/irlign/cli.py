@@ -87,13 +87,14 @@ def arena(
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="where the cells and the table go")] = "runs/arena",
     seeds: Annotated[str | None, typer.Option(help="0..9, or 0,3,5; by default the study's own")] = None,
     rows: Annotated[str | None, typer.Option(help="methods by name, comma-separated, * for anything; by default the study's own")] = None,
+    only: Annotated[str | None, typer.Option(help="settings by name, such as 'arithmetic*'")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small cells and two seeds: does everything run?")] = False,
     jobs: Annotated[int | None, typer.Option(help="cells side by side, one thread each; by default one a core")] = None,
 ) -> None:
     """Every method on every world, dial setting and seed, against the true reward: one table, one page."""
     from irlign.arena.studies import run_study
 
-    for line in run_study(study, Path(output_dir), seeds, rows, quick, jobs):
+    for line in run_study(study, Path(output_dir), seeds, rows, only, quick, jobs):
         typer.echo(line)
 
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
-from irlign.optimise.label_free import FEWEST, SAMPLES, Answers, choice_of_n, choose_n, judge, judge_pool, judged_curve
+from irlign.optimise.label_free import FEWEST, SAMPLES, Answers, _folds, choice_of_n, choose_n, exchanged, judge, judge_pool, judged_curve
+from irlign.records import Demonstration, Prompt
 
 
-def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 2.0):
-    """Answers with a quality, a spurious and four idle features. Demonstrations have high quality and no spurious feature; the
-    selecting reward sees quality plus `hacked` times the spurious one, whose tail a large n reaches.
+def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 4.0):
+    """Answers with a quality, a spurious and four idle features. Demonstrations have high quality and no spurious feature, those of
+    other prompts are alike but for the quality; the selecting reward sees quality plus `hacked` times the spurious one, whose tail
+    a large n reaches.
     """
     rng = np.random.default_rng(seed)
     ids = [f"p{i}" for i in range(prompts)]
@@ -16,13 +18,16 @@ def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 2.0):
     quality, spurious = rng.normal(size=len(pool_ids)), rng.standard_exponential(len(pool_ids))
     pool = np.column_stack([quality, spurious, rng.normal(size=(len(pool_ids), 4))])
     initial = np.column_stack([rng.normal(size=prompts) - 1.5, rng.standard_exponential(prompts), rng.normal(size=(prompts, 4))])
-    demos = np.column_stack([rng.normal(size=prompts) + 1.0, 0.3 * rng.standard_exponential(prompts), rng.normal(size=(prompts, 4))])
-    sides = Answers(pool_ids, pool), Answers(ids, initial), Answers(ids, demos)
+    demos, others = (
+        np.column_stack([rng.normal(size=prompts) + level, 0.3 * rng.standard_exponential(prompts), rng.normal(size=(prompts, 4))])
+        for level in (1.0, -1.0)
+    )
+    sides = Answers(pool_ids, pool), Answers(ids, demos), [Answers(ids, initial), Answers(ids, others)]
     return sides, quality + hacked * spurious, quality - spurious
 
 
 def chosen(sides, selecting):
-    judged = judge(sides[0], *sides)
+    judged = judge(*sides)
     n, gains = judged_curve(sides[0].prompt_ids, selecting, judged, np.ones(len(judged), dtype=bool))
     return choose_n(n, gains)[0]
 
@@ -46,16 +51,16 @@ def test_the_judge_never_judges_a_prompt_it_was_fitted_on():
     prompts = [f"p{i}" for i in range(40)]
     names = np.eye(40)
     demos, pool = Answers(prompts, np.hstack([names, np.ones((40, 1))])), Answers(prompts, np.hstack([names, np.zeros((40, 1))]))
-    clean = judge(pool, pool, pool, demos)
+    clean = judge(pool, demos, [pool, pool])
     assert np.ptp(clean) < 0.5 * abs(clean.mean())
     leaked = Answers(prompts, np.hstack([np.zeros_like(names), np.zeros((40, 1))]))
-    assert judge(leaked, pool, pool, demos) == pytest.approx(clean, abs=0.5 * abs(clean.mean()))
+    assert judge(leaked, demos, [pool, pool]) == pytest.approx(clean, abs=0.5 * abs(clean.mean()))
 
 
 def test_other_prompts_are_judged_by_all_demonstrations():
     sides, _, quality = world(0)
     others = Answers([f"q{p}" for p in sides[0].prompt_ids], sides[0].features)
-    assert np.corrcoef(judge(others, *sides), quality)[0, 1] > 0.8
+    assert np.corrcoef(judge(others, *sides[1:]), quality)[0, 1] > 0.8
 
 
 def test_the_choice_by_hand():
@@ -70,6 +75,18 @@ def test_the_curve_counts_gains_in_standard_deviations():
     n, gains = judged_curve(["p", "p", "q", "q"], np.array([1, 2, 2, 1.0]), np.array([0, 2, 4, 2.0]), np.ones(4, dtype=bool))
     assert n == [1, 2] and gains[:, 0] == pytest.approx([0, 0])
     assert gains[:, 1] == pytest.approx(np.array([1, 1]) / np.std([0, 2, 4, 2]))
+
+
+def test_demonstrations_are_exchanged_within_a_fold():
+    """30 prompts, two with two demonstrations: every row has another prompt's answer, from the fold that is held out with it."""
+    demos = [Demonstration(Prompt.of(f"ask {i}", "dev"), f" answer {i}.") for i in range(30)]
+    demos += [Demonstration(demos[i].prompt, f" again {i}.") for i in (3, 4)]
+    rows = exchanged(demos)
+    fold = _folds([d.prompt.prompt_id for d in demos])
+    of = {d.completion: d.prompt.prompt_id for d in demos}
+    assert all(of[text] != p.prompt_id and fold[of[text]] == fold[p.prompt_id] for p, text in rows)
+    assert {p.prompt_id for p, _ in rows} == {d.prompt.prompt_id for d in demos} and len(rows) <= 32 * 4
+    assert exchanged(demos[:2]) == []  # a fold of one has nothing to exchange
 
 
 def test_at_most_so_many_samples_of_a_prompt_train_the_judge():

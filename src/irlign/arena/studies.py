@@ -1,5 +1,6 @@
 """Each study as data: the settings of its cells, its seeds, and the methods that it compares. One command each: `irlign arena NAME`."""
 
+import fnmatch
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ STUDIES: Mapping[str, Study] = {
 }
 
 
-def run_study(name: str, root: Path, seeds: str | None, rows: str | None, quick: bool, jobs: int | None) -> list[str]:
-    """Run a study into ROOT and return what to print. Raises ConfigError on an unknown study, method or seed."""
+def run_study(name: str, root: Path, seeds: str | None, rows: str | None, only: str | None, quick: bool, jobs: int | None) -> list[str]:
+    """Run a study into ROOT and return what to print; `only` is a pattern of setting names. Raises ConfigError on an unknown study,
+    method, setting or seed."""
     if name not in STUDIES:
         raise ConfigError(f"no study is called {name!r}", where="arena", do=f"known: {', '.join(STUDIES)}")
     study = STUDIES[name]
@@ -84,8 +86,12 @@ def run_study(name: str, root: Path, seeds: str | None, rows: str | None, quick:
     cells = "quick" if quick else "cells"
     numbers = parse_seeds(seeds or (QUICK_SEEDS if quick else study.seeds))
     places = [Place(str(root / cells), tuple(setting.items()), seed, quick) for setting in study.settings for seed in numbers]
+    known = list(dict.fromkeys(place.name for place in places))
+    places = [place for place in places if fnmatch.fnmatch(place.name, only or "*")]
+    if not places:
+        raise ConfigError(f"no setting is called {only!r}", where="--only", do=f"known: {'; '.join(known)}")
     for place in places:
         place.recipe()  # a mistake is found before any compute
-    say(f"arena: {name}, {study.about}: {len(study.settings)} settings x {len(numbers)} seeds x {len(methods)} methods, {jobs} at a time")
+    say(f"arena: {name}, {study.about}: {len(places)} cells x {len(methods)} methods, {jobs} at a time")
     found = leaderboard(places, methods, jobs, root, f"{name}-quick" if quick else name)
     return [*found["headline"], f"{root / found['title']}.html"]

@@ -1,10 +1,12 @@
 """The choice of n without labels: a judge of another kind than the reward that selects, on demonstrations that nothing has seen.
 
-The judge tells the dev demonstrations, which neither SFT nor the reward was trained on, from samples of pi_0 and pi_SFT on
-the same prompts: a ridge-regularised logistic head over frozen features of pi_0. It is cross-fitted over prompts, so it
-never judges an answer to a prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns
-down where the golden reward does (docs/measured.md); the n with the best lower confidence bound is taken, and n = 1, plain
-SFT, where no n is shown to be better.
+The judge tells the dev demonstrations, which neither SFT nor the reward was trained on, from samples of pi_0 on the same
+prompts and from demonstrations of other prompts: a ridge-regularised logistic head over frozen features of pi_0. The
+demonstrations of other prompts are written as well and in the same style, so that neither length nor style tells the sides
+apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
+prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
+does (docs/measured.md); the n with the best lower confidence bound is taken, and n = 1, plain SFT, where no n is shown to
+be better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from irlign.statistics import auc, best_of_n, powers_of_two
 FOLDS, RIDGE = 5, 1e-4
 FEWEST = 20  # demonstrations: fewer make no judge
 SAMPLES = 16  # at most so many of a prompt's samples train the judge
+EXCHANGED = 4  # so many demonstrations of other prompts stand on the worse side of each prompt
 
 
 @dataclass(frozen=True)
@@ -45,27 +48,42 @@ class Answers:
         return self.features[keep]
 
 
-def judge(answers: Answers, pool: Answers, initial: Answers, demonstrations: Answers) -> np.ndarray:
+def judge(answers: Answers, demonstrations: Answers, worse: Sequence[Answers]) -> np.ndarray:
     """The judge's logit of each of `answers`, higher is more like a demonstration. Shape [len(answers.prompt_ids)].
 
     Answers to a prompt with a demonstration are judged by a head that was fitted on the other folds of prompts, all others
-    by a head fitted on all of them. The worse side is half pi_SFT, half pi_0, and weighs as much as the better.
+    by a head fitted on all of them. The worse sides weigh alike, and together as much as the better.
     """
-    prompts = sorted(set(demonstrations.prompt_ids))
-    fold = {prompt_id: place % FOLDS for place, prompt_id in enumerate(sorted(prompts, key=lambda p: crc32(p.encode())))}
+    fold = _folds(demonstrations.prompt_ids)
     scores = np.zeros(len(answers.prompt_ids))
     rows = np.array([fold.get(prompt_id, FOLDS) for prompt_id in answers.prompt_ids])
     for k in np.unique(rows):
-        known = {prompt_id for prompt_id in prompts if fold[prompt_id] != k}
-        scores[rows == k] = _fit(pool.of(known), initial.of(known), demonstrations.of(known))(answers.features[rows == k])
+        known = {prompt_id for prompt_id, place in fold.items() if place != k}
+        scores[rows == k] = _fit(demonstrations.of(known), [side.of(known) for side in worse])(answers.features[rows == k])
     return scores
 
 
-def _fit(pool: np.ndarray, initial: np.ndarray, demonstrations: np.ndarray) -> LogisticHead:
-    sides = [(demonstrations, 1.0, 1), (pool, 0.5, 0), (initial, 0.5, 0)]
+def _folds(prompt_ids: Sequence[str]) -> dict[str, int]:
+    """The fold of each prompt, by hash."""
+    return {prompt_id: place % FOLDS for place, prompt_id in enumerate(sorted(set(prompt_ids), key=lambda p: crc32(p.encode())))}
+
+
+def _fit(demonstrations: np.ndarray, worse: Sequence[np.ndarray]) -> LogisticHead:
+    sides = [(demonstrations, 1.0, 1), *((side, 1 / len(worse), 0) for side in worse)]
     weight_B = np.concatenate([np.full(len(x), share / max(1, len(x))) for x, share, _ in sides])
     better_B = np.concatenate([np.full(len(x), side) for x, _, side in sides])
     return LogisticHead(np.concatenate([x for x, _, _ in sides]), better_B, weight_B, RIDGE)
+
+
+def exchanged(demonstrations: Sequence[Demonstration]) -> list[tuple[Prompt, str]]:
+    """Each prompt with the demonstrations of up to EXCHANGED other prompts of its fold: what a fold holds out, it holds out whole."""
+    fold = _folds([d.prompt.prompt_id for d in demonstrations])
+    rows = []
+    for k in range(FOLDS):
+        own = [d for d in demonstrations if fold[d.prompt.prompt_id] == k]
+        shifts = [shift for shift in range(1, len(own))][:EXCHANGED]
+        rows += [(d.prompt, own[(i + shift) % len(own)]) for shift in shifts for i, d in enumerate(own)]
+    return [(prompt, ended(other.completion, True)) for prompt, other in rows if other.prompt.prompt_id != prompt.prompt_id]
 
 
 def judged_curve(
@@ -96,24 +114,23 @@ def choose_n(n: Sequence[int], gains_P_n: np.ndarray) -> tuple[int, np.ndarray]:
 def judge_pool(
     policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
 ) -> tuple[np.ndarray | None, float | None]:
-    """The judge's logit of every sample in the pool, by features of `policy`, and how well it tells unseen demonstrations from
-    pi_SFT's samples (AUC on the dev prompts). (None, None) with fewer than FEWEST demonstrations.
+    """The judge's logit of every sample in the pool, by features of `policy`, and how well it tells unseen demonstrations from both
+    worse sides (the mean of the two AUCs on the dev prompts). (None, None) with fewer than FEWEST demonstrations.
     """
     if len(demonstrations) < FEWEST:
         return None, None
     groups: list[list[tuple[Prompt, str]]] = [
         [(s.prompt, scored_text(s)) for s in pool],
-        [(s.prompt, scored_text(s)) for s in initial],
         [(d.prompt, ended(d.completion, True)) for d in demonstrations],
+        [(s.prompt, scored_text(s)) for s in initial],
+        exchanged(demonstrations),
     ]
     rows = [row for group in groups for row in group]
     features = policy_features(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
     ends = np.cumsum([len(group) for group in groups])[:-1]
-    sides = [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
-    judged = judge(sides[0], *sides)
-    dev = {d.prompt.prompt_id for d in demonstrations}
-    unseen = judged[[p.prompt_id in dev for p, _ in groups[0]]]
-    return judged, auc(judge(sides[2], *sides), unseen)
+    drawn, shown, *worse = [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
+    better = judge(shown, shown, worse)
+    return judge(drawn, shown, worse), float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
 
 
 def choice_of_n(
