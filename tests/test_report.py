@@ -90,9 +90,9 @@ def test_without_a_golden_reward_nothing_is_called_better(copied):
     write_table(copied / "evaluation/prompts.parquet", [{k: v for k, v in row.items() if "golden" not in k} for row in rows])
     write_report(copied, copied / "report.html")
     html = (copied / "report.html").read_text(encoding="utf-8")
-    assert "its rise proves nothing" in html and "golden value" not in html
+    assert "their rise proves nothing" in html and "golden value" not in html
     names = re.findall(r'<div class="tile"><span>(.*?)</span>', html)
-    assert names and all(name.endswith(": trained reward") for name in names)
+    assert names and all(name.endswith(": the reward that selects") for name in names)
 
 
 def test_the_seeds_table_names_the_seeds_that_turned(copied, tmp_path):

@@ -134,3 +134,34 @@ def test_the_kl_of_best_of_n_by_hand():
     assert statistics.best_of_n_kl(["a", "b"], np.array([0.0, 1.0]), 1) == pytest.approx(0)
     spread = statistics.best_of_n_kl([str(i) for i in range(500)], np.arange(500.0), 8)
     assert statistics.kl_bound(8) - 0.02 < spread < statistics.kl_bound(8)
+
+
+def test_ratios_of_sums_with_seeds_outside_prompts():
+    """Two seeds: (1 + 3) / (2 + 6) however many prompts each has; constant within a seed, so only the seeds move it."""
+    ratio = statistics.nested_ratio([np.full(10, 1.0), np.full(20, 3.0)], [np.full(10, 2.0), np.full(20, 6.0)])
+    assert ratio is not None and ratio.mean == pytest.approx(0.5) and ratio.ci95 == pytest.approx((0.5, 0.5)) and ratio.prompts == 30
+    assert statistics.nested_ratio([np.ones(5)], [np.zeros(5)]) is None
+    wide = statistics.nested_ratio([np.ones(4), np.ones(4)], [np.full(4, 3.0), np.full(4, -1.0)])
+    assert wide is not None and wide.mean == pytest.approx(1.0) and wide.ci95[1] == np.inf  # half the resamples of the seeds have no gap
+
+
+def test_a_seed_drawn_twice_gives_two_draws_of_its_prompts():
+    """One law for all seeds: the interval is about that of all the prompts together, not wider."""
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=100) for _ in range(10)]
+    values = [v - v.mean() for v in values]
+    low, high = statistics.nested_estimate(values).ci95
+    assert (high - low) / (2 * 1.96) == pytest.approx(1 / np.sqrt(1000), rel=0.1)
+
+
+def test_worse_by_hand():
+    """Three prompts, all below 0: of 8 sign patterns only the observed one is as low, so p is near 1/8; all above gives 1."""
+    assert statistics.worse_p(np.array([-1.0, -2.0, -3.0])) == pytest.approx(1 / 8, abs=0.02)
+    assert statistics.worse_p(np.array([1.0, 2.0, 3.0])) == 1.0
+    assert statistics.worse_p(np.zeros(5)) == 1.0
+
+
+def test_the_spread_within_groups_by_hand():
+    """Around the means 1 and 10: deviations 1, 1, 0."""
+    assert statistics.spread_within(["a", "a", "b"], [0.0, 2.0, 10.0]) == pytest.approx(np.sqrt(2 / 3))
+    assert statistics.spread_within(["a", "b"], [3.0, 7.0]) == 1.0 and statistics.spread_within([], []) == 1.0

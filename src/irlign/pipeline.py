@@ -14,6 +14,7 @@ from irlign import __version__
 from irlign.data.checks import read_notes
 from irlign.errors import ConfigError, DataError, OverlongError
 from irlign.files import read_json, read_table, write_json, write_table
+from irlign.optimise.label_free import JUDGE
 from irlign.preflight import preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -143,6 +144,7 @@ def reward(recipe: Recipe, run: Run) -> None:
     inputs |= _inside(*(f"pools/{name}.parquet" for name in recipe.sft.kept))
     inputs |= {} if own_policy else {"backbone": settings.backbone}
     inputs |= {"preference_dataset_name": preferences} if preferences else {}
+    reading = {"data": recipe.data} if preferences else {}
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.reward.contrasts import contrast_pairs, guard_leak, leak_controls
@@ -178,7 +180,7 @@ def reward(recipe: Recipe, run: Run) -> None:
         publish_log_ratios(folder / "rewards", names[1:], hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
-    stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences}
+    stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences, **reading}
     run.do("reward", build, settings=stated, inputs=inputs, outputs=[f"rewards/{name}" for name in names])
 
 
@@ -214,7 +216,7 @@ def bon(recipe: Recipe, run: Run) -> None:
     run.do(
         "bon",
         build,
-        settings={"n": given, "selector": selector, "likelihood": weight, "chat_template": recipe.data.chat_template},
+        settings={"n": given, "selector": selector, "likelihood": weight, "judge": JUDGE, "chat_template": recipe.data.chat_template},
         inputs=_inside(
             *("pools/sft.parquet", "pools/init.parquet", "data/dev.parquet", "policies/init"),
             *(f"rewards/{name}" for name in _rewards(recipe)),

@@ -12,10 +12,12 @@ POINTS = 3000  # at most so many dots in a scatter
 
 
 def curve_svg(results: Mapping[str, Any]) -> str:
-    """Best-of-n against n under every reward, with the interval of the selecting one; SFT and demonstrations as lines."""
+    """Best-of-n against n under the reward that selects, with its interval, and under its parts and the baselines without training;
+    initial policy and demonstrations as lines. The page's table holds the others."""
     golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["selector"]
     measure = golden or results["heldout"]["rewards"]
-    curves = {contrast: measure["best_of_n"], **({k: v for k, v in golden["rewards"].items() if k != contrast} if golden else {})}
+    others = (contrast.removesuffix("+likelihood"), "likelihood", "log-ratio", "length")
+    curves = {contrast: measure["best_of_n"], **({k: golden["rewards"][k] for k in others if k in golden["rewards"]} if golden else {})}
     figure, axes = _figure()
     for colour, (name, of) in zip(COLOURS, curves.items(), strict=False):
         own = name == contrast
@@ -31,7 +33,7 @@ def curve_svg(results: Mapping[str, Any]) -> str:
     axes.set_xticks(n, [str(k) for k in n])
     axes.minorticks_off()
     axes.set_xlabel("n")
-    axes.set_ylabel("golden value" if golden else "trained reward")
+    axes.set_ylabel("golden value" if golden else "reward that selects")
     return _svg(figure, axes)
 
 
@@ -39,7 +41,7 @@ def methods_svg(n: Sequence[int], rows: Sequence[Mapping[str, Any]], sources: Ma
     """Golden mean of Best-of-n against n for each method with a curve, controls dotted; SFT and demonstrations as lines."""
     figure, axes = _figure((7.2, 4.4))
     for i, row in enumerate(row for row in rows if len(row["curve"]) == len(n) > 1):
-        style = ":" if row["what"] == "control" else "--" if row["what"] == "labelled" else "-"
+        style = ":" if row["what"] == "control" else ("-", "--", "-.", (0, (1, 1)))[i // len(COLOURS) % 4]
         axes.plot(n, row["curve"], color=COLOURS[i % len(COLOURS)], ls=style, lw=1.3, marker="o", ms=2.5, label=row["method"])
     for key, style in (("demonstrations", ":"), ("sft", "-.")):
         axes.axhline(sources[key]["mean"], color=INK, lw=1, ls=style, label=key)

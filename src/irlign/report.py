@@ -37,19 +37,19 @@ def write_report(root: Path, target: Path) -> None:
         "chosen": chosen,
         "choice": _choice(choice, heldout["judge"]),
         "judged": {n: e for n, e in (heldout["judge"] or {}).items()},
-        "tiles": [{"name": name if golden else f"{name}: trained reward", "e": e} for name, e in tiles],
+        "tiles": [{"name": name if golden else f"{name}: the reward that selects", "e": e} for name, e in tiles],
         "measure_words": _measure_words(golden),
         "curve": results["curve"],
         "curves": curves,
         "golden": golden is not None,
         "prompts": len(rows),
         "curve_svg": safe(curve_svg(results)),
-        "curve_caption": _curve_caption(golden, len(rows)),
+        "curve_caption": _curve_caption(golden, len(rows)) + _selects(info["selector"]),
         "gao": _gao(results["curve"]["gao"], last),
         "length_svg": safe(length_svg(candidates, info["selector"])),
         "length_caption": _length_caption(heldout, candidates),
         "tests": results["tests"],
-        "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the trained reward, which cannot judge its own picks.",
+        "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
         "sources": _source_rows(heldout, chosen),
         "columns": {**COLUMNS, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})},
@@ -71,12 +71,22 @@ def _verdict(results: Mapping[str, Any], n: int) -> str:
 def _measure_words(golden: Mapping[str, Any] | None) -> str:
     if golden:
         return f"Judged by {golden['name']}, which no training and no selection has seen."
-    return "These are values of the trained reward itself: it was optimised by the selection, so its rise proves nothing."
+    return "These are values of the very reward that selects, so their rise proves nothing."
 
 
 def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
-    what = "Golden value" if golden else "The trained reward"
+    what = "Golden value" if golden else "The reward that selects"
     return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
+
+
+def _selects(selector: str) -> str:
+    learned = selector.removesuffix("+likelihood")
+    if learned == selector:
+        return ""
+    return (
+        f" {selector} selects: the learned reward {learned} and pi_SFT's own log-probability a token, weighed alike, since a reward alone "
+        "drifts to answers that pi_SFT hardly ever gives (reward.likelihood=0 leaves it out)."
+    )
 
 
 def _choice(choice: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
@@ -85,8 +95,9 @@ def _choice(choice: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
         return f"n = {choice['n']}: {choice['why']}."
     low = ", ".join(f"{n}: {of['mean']:+.2f} (at least {of['low']:+.2f})" for n, of in choice["curve"].items() if n != "1")
     return (
-        f"n = {choice['n']}: {choice['why']}. The judge tells {choice['demonstrations']} dev demonstrations, which SFT and the reward never saw, "
-        f"from samples on the same prompts (AUC {choice['auc']:.2f} on prompts it was not fitted on). Its gains over n = 1 on "
+        f"n = {choice['n']}: {choice['why']}. The judge tells {choice['demonstrations']} dev demonstrations, which neither SFT nor the reward was "
+        f"trained on, from initial samples on the same prompts and from demonstrations of other prompts (AUC {choice['auc']:.2f} on prompts it "
+        f"was not fitted on). Its gains over n = 1 on "
         f"{choice['prompts']} dev prompts, in standard deviations, with one-sided 95% bounds: {low}."
     )
 
@@ -235,7 +246,7 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
     table = [
         _seed_row(seed, r, {key: float(np.mean(values[key][i])) for key in keys}, n[-1]) for i, (seed, r) in enumerate(results.items())
     ]
-    name = results[next(iter(results))]["golden"]["name"] if measure == "golden" else "the trained reward"
+    name = results[next(iter(results))]["golden"]["name"] if measure == "golden" else "the reward that selects"
     found = {
         "measure": name,
         "seeds": table,

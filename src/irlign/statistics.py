@@ -29,8 +29,8 @@ def nested_estimate(values_S_P: Sequence[Sequence[float] | np.ndarray], *, resam
     groups = [np.asarray(values, dtype=float) for values in values_S_P]
     rng = np.random.default_rng(seed)
     means_S_R = np.stack([_bootstrap_means(group, resamples, rng) for group in groups])
-    drawn = rng.integers(len(groups), size=(len(groups), resamples))
-    means_R = np.take_along_axis(means_S_R, drawn, axis=0).mean(0)
+    seeds_S_R, draws_S_R = rng.integers(len(groups), size=means_S_R.shape), rng.integers(resamples, size=means_S_R.shape)
+    means_R = means_S_R[seeds_S_R, draws_S_R].mean(0)  # a seed drawn twice gives two draws of its prompts
     return Estimate(float(np.mean([group.mean() for group in groups])), _interval(means_R), sum(map(len, groups)))
 
 
@@ -38,7 +38,8 @@ def nested_ratio(
     numerators_S_P: Sequence[np.ndarray], denominators_S_P: Sequence[np.ndarray], *, resamples: int = 2000, seed: int = 0
 ) -> Estimate | None:
     """The sum of the numerators' means over seeds, over that of the denominators' (method.md section 8: gap closed, regret); seeds
-    are drawn, then the same prompts of both sides within each drawn seed. None where the denominator is not above 0.
+    are drawn, then the same prompts of both sides within each drawn seed. None where the denominator is not above 0; a resample in
+    which it is not counts as unbounded.
     """
     pairs = [np.stack([a, b]).astype(float) for a, b in zip(numerators_S_P, denominators_S_P, strict=True)]
     rng = np.random.default_rng(seed)
@@ -46,13 +47,14 @@ def nested_ratio(
     for pair in pairs:
         weights_R_P = rng.multinomial(pair.shape[1], np.full(pair.shape[1], 1 / pair.shape[1]), size=resamples) / pair.shape[1]
         drawn_S.append(weights_R_P @ pair.T)
-    which_S_R = rng.integers(len(pairs), size=(len(pairs), resamples))
-    sums_R_2 = np.stack(drawn_S)[which_S_R, np.arange(resamples)].sum(0)
+    seeds_S_R, draws_S_R = (rng.integers(most, size=(len(pairs), resamples)) for most in (len(pairs), resamples))
+    sums_R_2 = np.stack(drawn_S)[seeds_S_R, draws_S_R].sum(0)
     whole = sum(pair.mean(1) for pair in pairs)
     if whole[1] <= 0:
         return None
-    ratios_R = sums_R_2[:, 0] / np.where(sums_R_2[:, 1] > 0, sums_R_2[:, 1], np.nan)
-    low, high = np.nanpercentile(ratios_R, [2.5, 97.5])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios_R = np.where(sums_R_2[:, 1] > 0, sums_R_2[:, 0] / sums_R_2[:, 1], np.copysign(np.inf, sums_R_2[:, 0]))
+    low, high = np.quantile(ratios_R, [0.025, 0.975], method="closest_observation")
     return Estimate(float(whole[0] / whole[1]), (float(low), float(high)), sum(pair.shape[1] for pair in pairs))
 
 

@@ -85,7 +85,7 @@ def test_a_calm_run_raises_no_alarm():
         ("the reward follows repetition", {"repetition_correlation": measured(0.7, 0.6, 0.8)}, CHOICE),
         ("picks are outliers", {"outlier_picks": measured(0.4, 0.3, 0.5)}, CHOICE),
         ("the reward and the judge disagree", {"judge_correlation": measured(-0.2, -0.3, -0.1)}, CHOICE),
-        ("the judge cannot tell demonstrations from samples", {}, {"n": 4, "label_free": 4, "auc": 0.53, "demonstrations": 30}),
+        ("the judge cannot tell demonstrations from other answers", {}, {"n": 4, "label_free": 4, "auc": 0.53, "demonstrations": 30}),
         (
             "by the judge, the held-out curve turns down",
             {"judge": {"1": measured(0.0), "2": measured(0.3), "4": measured(0.1, 0.0, 0.2)}},

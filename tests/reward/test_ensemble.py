@@ -1,6 +1,7 @@
 """Ensembles: the rules by hand, members that differ, an average of weights that is one model, and going on after a kill."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from irlign.files import read_json
 from irlign.records import Contrast, Prompt
 from irlign.reward import ensemble
 from irlign.reward.ensemble import combine, train_ensemble
-from irlign.reward.load import load_reward
+from irlign.reward.load import load_reward, score_all
 from irlign.reward.model import Classifier
-from irlign.reward.publish import publish_reward
+from irlign.reward.publish import held_to_likelihood, publish_held, publish_log_ratios, publish_reward
 from irlign.reward.train import RewardSettings, fold_of_pairs
 
 PAIRS = [
@@ -113,3 +114,26 @@ def test_an_interrupted_ensemble_keeps_its_finished_members(policy, tmp_path, mo
 def test_one_member_is_a_plain_classifier(policy, tmp_path):
     log = train(policy, tmp_path, members=1)
     assert log["kind"] == "classifier" and "averaged" not in log and isinstance(log["training"], dict)
+
+
+def test_a_reward_held_to_the_likelihood_by_hand(policy, tmp_path):
+    """Spreads of 1 and 2 within the known prompts, means 1 and 2, weight 2: (r - 1) / 1 + 2 (l - 2) / 2, halved. And the folder that
+    is published scores alike, from the two beside it."""
+    reward, likelihood = np.array([0.0, 2.0, 0.0, 2.0, 9.0]), np.array([0.0, 4.0, 4.0, 0.0, 9.0])
+    scores, scales = held_to_likelihood(reward, likelihood, ["p", "p", "q", "q", None], 2.0)
+    assert scales == [[1.0, 1.0], [2.0, 1.0]]
+    assert scores == pytest.approx(((reward - 1) + (likelihood - 2)) / 2)
+
+    shutil.copytree(policy, tmp_path / "policies/sft")
+    shutil.copytree(policy, tmp_path / "policies/init")
+    hashes = {f"policies/{side}": {"sha256": "-"} for side in ("sft", "init")}
+    publish_log_ratios(tmp_path / "rewards", ["likelihood"], hashes, chat_template="none", seed=0)
+    log = train(policy, tmp_path, members=1)
+    (tmp_path / "reward").rename(tmp_path / "rewards/r")
+    publish_reward(tmp_path / "rewards/r", {**ABOUT, **log}, "0")
+    parts = [load_reward(tmp_path / "rewards" / name).score(*ASK) for name in ("r", "likelihood")]
+    scores, scales = held_to_likelihood(*parts, ["p", "p"], 1.0)
+    publish_held(tmp_path / "rewards", "r+likelihood", tmp_path / "rewards/r", scales, 1.0)
+    assert load_reward(tmp_path / "rewards/r+likelihood").score(*ASK) == pytest.approx(scores)
+    both = score_all({name: tmp_path / "rewards" / name for name in ("r+likelihood", "likelihood", "r")}, *ASK)
+    assert both["r+likelihood"] == pytest.approx(scores) and both["r"] == pytest.approx(parts[0])

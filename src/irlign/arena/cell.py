@@ -15,7 +15,7 @@ import numpy as np
 from irlign import pipeline
 from irlign.files import read_table, write_table
 from irlign.optimise.best_of_n import scored_text
-from irlign.optimise.label_free import judge_pool
+from irlign.optimise.label_free import JUDGE, judge_pool
 from irlign.recipe import Recipe, as_recipe
 from irlign.records import Demonstration, Preference, Prompt, Sample
 from irlign.reward.contrasts import answers_of, contrast_pairs
@@ -29,7 +29,7 @@ BASE: dict[str, Any] = {  # the recipe of every cell; a setting overrides it
     "pretrain": {"learning_rate": 4e-3, "num_train_epochs": 3},
     "sft": {"learning_rate": 3e-4, "num_train_epochs": 4, "per_device_train_batch_size": 16},
     "sampling": {"num_generations": 32, "train_generations": 4, "initial_generations": 4, "max_new_tokens": 96, "max_cut_share": 1.0},
-    "reward": {"learning_rate": 5e-4, "num_train_epochs": 2, "per_device_train_batch_size": 16, "max_leak_accuracy": 1.0},
+    "reward": {"learning_rate": 5e-4, "num_train_epochs": 2, "per_device_train_batch_size": 16},
 }
 QUICK: dict[str, Any] = {  # over it, for a look at whether everything runs
     "world": {"corpus_lines": 3000, "demonstrations": 100, "dev_prompts": 30, "test_prompts": 40},
@@ -49,8 +49,8 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The setting in words, `dialogue, heterogeneity 0`: keys without their section, defaults left out."""
-        words = [f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]
+        """The setting in words, `dialogue, heterogeneity 0`."""
+        words = [f"{key.removeprefix('world.').replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]
         return ", ".join([str(dict(self.setting)["world.name"]), *words])
 
     @property
@@ -199,7 +199,7 @@ class Cell:
             self._write_scores(folder, "judge", np.zeros(len(self.pool)) if judged is None else judged)
             return {"auc": auc}
 
-        return self._scores("judge", build, {}, ["scores/judge.parquet"])
+        return self._scores("judge", build, {"judge": JUDGE}, ["scores/judge.parquet"])
 
     def _write_scores(self, folder: Path, name: str, scores: np.ndarray) -> None:
         write_table(folder / f"scores/{name}.parquet", [{"score": float(value)} for value in scores])
@@ -216,6 +216,6 @@ class Cell:
         """What the named stages took, on one thread of this machine."""
         return float(sum(self.run.stages[stage]["seconds"] for stage in stages))
 
-    def tokens(self) -> int:
-        """Tokens drawn for the train pools of both policies."""
-        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, ("train",)))
+    def tokens(self, split: str) -> int:
+        """Tokens drawn for the pools of both policies on the prompts of a split."""
+        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, (split,)))

@@ -97,9 +97,8 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
     points = n if scores is not None else [1]
     curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
     drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
-    before = ("sft", "sample") if pick.stages is not None else ()
-    tokens = drawn + (cell.tokens() if pick.scores is not None else 0)
-    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds([*before, *(pick.stages or ())]))
+    tokens = drawn + (cell.tokens("dev") if pick.scores is not None else 0) + (cell.tokens("train") if pick.trained else 0)
+    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds(pick.stages))
 
 
 def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
@@ -137,18 +136,24 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
     own = [cell.methods[name] for cell in cells]
     sft = [cell.methods["SFT"].chosen_P for cell in cells]
     gains = [m.chosen_P - base for m, base in zip(own, sft, strict=True)]
-    gap = statistics.nested_ratio(gains, [cell.demonstrations_P - base for cell, base in zip(cells, sft, strict=True)])
-    ps = [statistics.worse_p(gain) if np.abs(gain).any() else 1.0 for gain in gains]
+    ps = [statistics.worse_p(gain) for gain in gains]
+
+    def by_seed(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Settings of one seed share its pi_0, so they are drawn together: all prompts of a seed in one row."""
+        return [
+            np.concatenate([v for v, c in zip(values, cells, strict=True) if c.seed == seed]) for seed in sorted({c.seed for c in cells})
+        ]
+
+    gap = statistics.nested_ratio(by_seed(gains), by_seed([c.demonstrations_P - base for c, base in zip(cells, sft, strict=True)]))
     curve = own[0].curve_P_n.shape[1] > 1
     best = [statistics.oracle_n(m.curve_P_n, cell.seed) for m, cell in zip(own, cells, strict=True)] if curve else []
-    sides = zip(own, best, strict=True) if curve else ()
-    left = [(top - m.chosen_P, top - m.curve_P_n[:, 0]) for m, top in sides]
-    regret = statistics.nested_ratio([a for a, _ in left], [b for _, b in left]) if left else None
+    left = [(top - m.chosen_P, top - m.curve_P_n[:, 0]) for m, top in zip(own, best, strict=True)] if curve else []
+    regret = statistics.nested_ratio(*(by_seed(side) for side in zip(*left, strict=True))) if curve else None
     return {
         "method": name,
         "what": own[0].what,
-        "golden": statistics.nested_estimate([m.chosen_P for m in own], resamples=2000).to_json(),
-        "gain": statistics.nested_estimate(gains, resamples=2000).to_json(),
+        "golden": statistics.nested_estimate(by_seed([m.chosen_P for m in own]), resamples=2000).to_json(),
+        "gain": statistics.nested_estimate(by_seed(gains), resamples=2000).to_json(),
         "gap_closed": gap.to_json() if gap else None,
         "last": float(np.mean([m.curve_P_n[:, -1].mean() for m in own])),
         "oracle_n": float(np.mean([top.mean() for top in best])) if curve else None,
@@ -205,12 +210,12 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     gain, gap, regret = row["gain"], row["gap_closed"], row["regret"]
     lines = [
         f"{CHOSEN}, n chosen without labels, gains {gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}] over SFT in "
-        f"{row['runs']} runs; significantly worse than SFT in {row['worse']} of them."
+        f"{row['runs']} runs; significantly worse than SFT in {row['worse']} of them (after Holm {row['worse_holm']})."
     ]
     if gap and regret:
         lines.append(
-            f"It closes {_share(gap)} of the gap between SFT and the demonstrations; the choice of n leaves {_share(regret)} of "
-            "the best n's gain."
+            f"It closes {_share(gap)} of the gap between SFT and the demonstrations; the choice of n gives up {_share(regret)} "
+            "of the best n's gain."
         )
     return lines
 
@@ -256,4 +261,4 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def _share(e: Mapping[str, Any] | None) -> str:
-    return "–" if e is None else f"{e['mean']:.0%} [{e['ci95'][0]:.0%}, {e['ci95'][1]:.0%}]"
+    return "–" if e is None else f"{e['mean']:.0%} [{e['ci95'][0]:.0%}, {e['ci95'][1]:.0%}]".replace("inf%", "∞")

@@ -13,23 +13,25 @@ import numpy as np
 from irlign.arena.cell import Cell
 from irlign.optimise.label_free import choose_n, judged_curve
 from irlign.reward.controls import CONTROLS, controls
-from irlign.reward.ensemble import combine
+from irlign.reward.ensemble import combine, standardised
 from irlign.reward.publish import held_to_likelihood
 from irlign.statistics import spread_within
 
+LIKELIHOODS = "likelihoods"
 PENALTY = 0.5  # lambda of mean - lambda * variance
 
 
 @dataclass(frozen=True)
 class Pick:
     """The best of `n` answers of a stored pool by `scores` (None: any one answer). `what` says what it is, `stages` what was
-    computed for it besides SFT and the pools of train prompts (None: not even these)."""
+    computed for it, `trained` whether a reward was trained on the pools of train prompts."""
 
     pool: str
     what: str
     scores: np.ndarray | None = None
     n: int = 1
-    stages: tuple[str, ...] | None = ()
+    stages: tuple[str, ...] = ()
+    trained: bool = False
 
 
 Method = Callable[[Cell], Pick]
@@ -37,11 +39,11 @@ Scores = Callable[[Cell], np.ndarray]
 
 
 def initial(cell: Cell) -> Pick:
-    return Pick("init", "policy", stages=None)
+    return Pick("init", "policy")
 
 
 def sft(cell: Cell) -> Pick:
-    return Pick("sft", "policy", stages=())
+    return Pick("sft", "policy", stages=("sft",))
 
 
 def sft_on_all_tokens(cell: Cell) -> Pick:
@@ -54,7 +56,9 @@ def best_of_n(scores: Scores, what: str, *stages: str) -> Method:
 
     def method(cell: Cell) -> Pick:
         values = scores(cell)
-        return Pick("sft", what, values, label_free_n(cell, values), tuple(f"reward-{stage}" for stage in stages))
+        n, before = label_free_n(cell, values), ("sft", "sample", "reward-judge")
+        rewards = [stage if stage == LIKELIHOODS else f"reward-{stage}" for stage in stages]
+        return Pick("sft", what, values, n, (*before, *rewards), any(stage.startswith("reward-") for stage in rewards))
 
     return method
 
@@ -97,12 +101,13 @@ def held(scores: Scores) -> Scores:
 
 
 def together(*members: Scores, aggregate: str = "mean") -> Scores:
-    """Several rewards as one, each over its standard deviation within a prompt on dev."""
+    """Several rewards as one, each less its mean and over its standard deviation within a prompt on dev."""
 
     def combined(cell: Cell) -> np.ndarray:
         dev = [prompt for prompt, own in zip(cell.prompt_ids, cell.is_dev, strict=True) if own]
-        values = [member(cell) for member in members]
-        return combine(np.stack([v / spread_within(dev, v[cell.is_dev]) for v in values]), aggregate, PENALTY)
+        values = np.stack([member(cell) for member in members])
+        scales = [[of.mean(), spread_within(dev, of)] for of in values[:, cell.is_dev]]
+        return combine(standardised(values, np.array(scales)), aggregate, PENALTY)
 
     return combined
 
@@ -133,29 +138,29 @@ METHODS: Mapping[str, Method] = {
     "initial policy": initial,
     "SFT": sft,
     "SFT on all tokens": sft_on_all_tokens,
-    CHOSEN: best_of_n(held(INIT_SFT), "learned", "init-sft"),
+    CHOSEN: best_of_n(held(INIT_SFT), "learned", LIKELIHOODS, "init-sft"),
     "init-sft": best_of_n(INIT_SFT, "learned", "init-sft"),
     "init-demo": best_of_n(INIT_DEMO, "learned", "init-demo"),
-    "init-demo+likelihood": best_of_n(held(INIT_DEMO), "learned", "init-demo"),
+    "init-demo+likelihood": best_of_n(held(INIT_DEMO), "learned", LIKELIHOODS, "init-demo"),
     "sft-demo": best_of_n(SFT_DEMO, "learned", "sft-demo"),
-    "init-sft, Bradley-Terry": best_of_n(learned("init-sft-bt", loss="bradley-terry"), "learned", "init-sft-bt"),
-    "init-sft, 4 members, mean": best_of_n(together(*MEMBERS), "ensemble", *NAMES),
-    "init-sft, 4 members, min": best_of_n(together(*MEMBERS, aggregate="min"), "ensemble", *NAMES),
-    "init-sft, 4 members, mean-variance": best_of_n(together(*MEMBERS, aggregate="mean-variance"), "ensemble", *NAMES),
-    "init-sft, 4 members, mean+likelihood": best_of_n(held(together(*MEMBERS)), "ensemble", *NAMES),
-    "init-sft, 4 heads": best_of_n(HEADS, "ensemble", "init-sft-heads"),
-    "three contrasts, mean": best_of_n(together(INIT_SFT, INIT_DEMO, SFT_DEMO), "ensemble", *CONTRASTS),
-    "three contrasts, mean+likelihood": best_of_n(held(together(INIT_SFT, INIT_DEMO, SFT_DEMO)), "ensemble", *CONTRASTS),
-    "features, logistic": best_of_n(LOGISTIC, "learned", "features-logistic"),
-    "features, MLP": best_of_n(MLP, "learned", "features-mlp"),
-    "likelihood": best_of_n(likelihood, "no training"),
-    "log-ratio": best_of_n(log_ratio, "no training"),
-    "log-ratio a token": best_of_n(log_ratio_per_token, "no training"),
+    "init-sft Bradley-Terry": best_of_n(learned("init-sft-bt", loss="bradley-terry"), "learned", "init-sft-bt"),
+    "init-sft 4 seeds mean": best_of_n(together(*MEMBERS), "ensemble", *NAMES),
+    "init-sft 4 seeds min": best_of_n(together(*MEMBERS, aggregate="min"), "ensemble", *NAMES),
+    "init-sft 4 seeds mean-variance": best_of_n(together(*MEMBERS, aggregate="mean-variance"), "ensemble", *NAMES),
+    "init-sft 4 seeds mean+likelihood": best_of_n(held(together(*MEMBERS)), "ensemble", LIKELIHOODS, *NAMES),
+    "init-sft 4 heads": best_of_n(HEADS, "ensemble", "init-sft-heads"),
+    "three contrasts mean": best_of_n(together(INIT_SFT, INIT_DEMO, SFT_DEMO), "ensemble", *CONTRASTS),
+    "three contrasts mean+likelihood": best_of_n(held(together(INIT_SFT, INIT_DEMO, SFT_DEMO)), "ensemble", LIKELIHOODS, *CONTRASTS),
+    "features logistic": best_of_n(LOGISTIC, "learned", "features-logistic"),
+    "features MLP": best_of_n(MLP, "learned", "features-mlp"),
+    "likelihood": best_of_n(likelihood, "no training", LIKELIHOODS),
+    "log-ratio": best_of_n(log_ratio, "no training", LIKELIHOODS),
+    "log-ratio a token": best_of_n(log_ratio_per_token, "no training", LIKELIHOODS),
     "preference (labels)": best_of_n(PREFERENCE, "labelled", "preference"),
-    "preference (labels)+likelihood": best_of_n(held(PREFERENCE), "labelled", "preference"),
+    "preference (labels)+likelihood": best_of_n(held(PREFERENCE), "labelled", LIKELIHOODS, "preference"),
     "init-sft with preference (labels)": best_of_n(together(INIT_SFT, PREFERENCE), "labelled", "init-sft", "preference"),
     **{
-        f"preference (labels), {noise:.0%} flipped": best_of_n(
+        f"preference (labels {noise:.0%} flipped)": best_of_n(
             learned(f"preference-{noise}", noise, contrast="preference", loss="bradley-terry"), "labelled", f"preference-{noise}"
         )
         for noise in (0.1, 0.2, 0.4)

@@ -15,8 +15,7 @@ from irlign.errors import ConfigError
 from irlign.progress import say
 
 CONTRASTS = f"{CHOSEN},init-sft,init-demo,sft-demo,likelihood,log-ratio,control: length"
-REFERENCE = "SFT*,init-*,sft-demo,three*,features*,likelihood,log-ratio*,preference (labels)*,control*"
-QUICK_SEEDS = "0..1"
+QUICK_SEEDS = "100..101"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ STUDIES: Mapping[str, Study] = {
     "reference": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
         "0..9",
-        REFERENCE,
+        None,
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
     ),
     "heterogeneity": Study(
@@ -50,7 +49,12 @@ STUDIES: Mapping[str, Study] = {
         "does init-sft resist where init-demo and sft-demo are hacked?",
     ),
     "quality": Study(dial("dialogue", "world.quality", (1.0, 0.75, 0.5, 0.25)), "0..4", CONTRASTS, "degraded demonstrations"),
-    "count": Study(dial("dialogue", "world.demonstrations", (25, 100, 400, 2000)), "0..4", CONTRASTS, "how many demonstrations"),
+    "count": Study(
+        dial("dialogue", "world.demonstrations", (25, 100, 400, 2000)),
+        "0..4",
+        CONTRASTS,
+        "how many demonstrations to train on; 60 more are held out for the judge each time",
+    ),
     "diversity": Study(dial("dialogue", "world.skeletons", (10, 40, 160, None)), "0..4", CONTRASTS, "how many kinds of request"),
     "out-of-distribution": Study(
         [setting for world in WORLDS for setting in dial(world, "world.out_of_distribution", (False, True))],
@@ -61,7 +65,7 @@ STUDIES: Mapping[str, Study] = {
     "ensembles": Study(
         dial("dialogue", "world.demonstrations", (100, 400)),
         "0..4",
-        "init-sft*,three*,init-sft with preference (labels),preference (labels)",
+        "init-sft*,three*,preference (labels)",
         "members of one contrast, of several, and with a preference reward",
     ),
     "labels": Study(
@@ -82,7 +86,7 @@ def run_study(name: str, root: Path, seeds: str | None, rows: str | None, only: 
     if name not in STUDIES:
         raise ConfigError(f"no study is called {name!r}", where="arena", do=f"known: {', '.join(STUDIES)}")
     study = STUDIES[name]
-    methods, jobs = rows_named(rows or study.rows), jobs or len(os.sched_getaffinity(0))
+    methods, jobs = rows_named(rows or study.rows), jobs or os.cpu_count() or 1
     cells = "quick" if quick else "cells"
     numbers = parse_seeds(seeds or (QUICK_SEEDS if quick else study.seeds))
     places = [Place(str(root / cells), tuple(setting.items()), seed, quick) for setting in study.settings for seed in numbers]

@@ -289,7 +289,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     """The answer in a few sentences, as the numbers say it: the chosen n first, then what the whole pool would have given."""
     last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
     n = choice["n"] if choice else last
-    how = ", n chosen without labels," if choice and choice["label_free"] == n else ""
+    how = ", n chosen without labels," if choice and choice["label_free"] == n and choice.get("given") is None else ""
     kept = _kept(choice) if choice and n == 1 else ""
     if golden is None:
         return [kept] * bool(kept) + _without_golden(results, n, how)
@@ -347,7 +347,7 @@ def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
     if judged and n > 1:
         gain = judged[str(n)]
         lines.append(
-            f"A judge that tells held-out demonstrations from samples puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
+            f"A judge of held-out demonstrations puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
             f"deviations from SFT's, on {gain['prompts']} test prompts."
         )
     lines.append(

@@ -112,7 +112,7 @@ def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[
     if (told := choice.get("auc")) is not None and told < CHANCE:
         seen = f"on prompts it was not fitted on, its AUC is {told:.2f} over {choice['demonstrations']} demonstrations; 0.5 is chance"
         yield (
-            "the judge cannot tell demonstrations from samples",
+            "the judge cannot tell demonstrations from other answers",
             seen,
             "do not rely on its choice of n: set best_of_n.n, and read the samples",
         )

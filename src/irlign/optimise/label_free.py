@@ -25,9 +25,10 @@ from irlign.reward.features import LogisticHead, policy_features
 from irlign.statistics import auc, best_of_n, powers_of_two
 
 FOLDS, RIDGE = 5, 1e-4
-FEWEST = 20  # demonstrations: fewer make no judge
+FEWEST = 20  # prompts with a demonstration: fewer make no judge
 SAMPLES = 16  # at most so many of a prompt's samples train the judge
 EXCHANGED = 4  # so many demonstrations of other prompts stand on the worse side of each prompt
+JUDGE = {"worse": ["initial", "exchanged"], "folds": FOLDS, "ridge": RIDGE, "fewest": FEWEST, "samples": SAMPLES, "exchanged": EXCHANGED}
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def judge_pool(
     policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
 ) -> tuple[np.ndarray | None, float | None]:
     """The judge's logit of every sample in the pool, by features of `policy`, and how well it tells unseen demonstrations from both
-    worse sides (the mean of the two AUCs on the dev prompts). (None, None) with fewer than FEWEST demonstrations.
+    worse sides (the mean of the two AUCs on the dev prompts). (None, None) with demonstrations of fewer than FEWEST prompts.
     """
-    if len(demonstrations) < FEWEST:
+    if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
         return None, None
     groups: list[list[tuple[Prompt, str]]] = [
         [(s.prompt, scored_text(s)) for s in pool],
@@ -136,11 +137,18 @@ def judge_pool(
 def choice_of_n(
     rows: Sequence[Mapping[str, Any]], reward: str, given: int | None, *, demonstrations: int, judge_auc: float | None
 ) -> dict[str, Any]:
-    """choice.json, from the candidates: the `n` that selection uses and `why`, `label_free` (the n that the judge would take, or
+    """choice.json, from the candidates: the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n that the judge would take, or
     null), the judge's `curve` on dev (`{n: {"mean", "low"}}`, gains over n = 1 in standard deviations), its `auc`, and what it rests on.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
-    about: dict[str, Any] = {"label_free": None, "curve": None, "auc": judge_auc, "prompts": 0, "demonstrations": demonstrations}
+    about: dict[str, Any] = {
+        "label_free": None,
+        "curve": None,
+        "auc": judge_auc,
+        "prompts": 0,
+        "demonstrations": demonstrations,
+        "given": given,
+    }
     if not dev:
         why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so SFT is kept"
         return {"n": given or 1, "why": "given by best_of_n.n" if given else why, **about}
@@ -150,7 +158,11 @@ def choice_of_n(
     chosen, low_n = choose_n(n, gains_P_n)
     curve = {str(k): {"mean": float(m), "low": float(low)} for k, m, low in zip(n, gains_P_n.mean(0), low_n, strict=True)}
     about |= {"label_free": chosen, "curve": curve, "prompts": len(gains_P_n)}
-    why = "the best lower bound of the judged gain" if chosen > 1 else "no larger n is shown to be better, so SFT is kept"
+    why = (
+        "the best lower bound of the judged gain"
+        if chosen > 1
+        else "no larger n is shown to be better, at 5% for all n together, so SFT is kept"
+    )
     if given:
         why = f"given by best_of_n.n; the judge would take {chosen}"
     return {"n": given or chosen, "why": why, **about}

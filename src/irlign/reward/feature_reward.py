@@ -156,7 +156,8 @@ def train_features(
     says: `kind`, `head`, `heads`, `encoder`, dev accuracy.
     """
     features = features or Features(backbone, chat_template)
-    known = {side: _sides(features, of) for side, of in (("train", pairs), ("dev", dev)) if of}
+    stop_on = dev if all("demo" not in contrast for contrast in settings.weights) else []  # dev demonstrations are the judge's alone
+    known = {side: _sides(features, of) for side, of in (("train", pairs), ("dev", stop_on)) if of}
     fit, heads = HEADS[settings.head][1], []
     for k in range(settings.members):
         own = np.array(fold_of_pairs(range(len(pairs)), k, settings.members))

@@ -10,7 +10,7 @@ from irlign.files import read_json, write_json
 from irlign.reward.ensemble import combine, standardised
 from irlign.statistics import spread_within
 
-ABOUT = ("contrast", "loss", "chat_template", "seed", "ending", "controls", "left_out", "pairs", "dev")  # what a held reward takes over
+ABOUT = ("contrast", "loss", "chat_template", "seed", "ending")  # what a held reward says of the learned one
 LIKELIHOOD = "likelihood"  # log pi_SFT a token
 LOG_RATIOS: dict[str, dict[str, bool]] = {  # name: divided by the answer's tokens; without pi_0
     "log-ratio": {"normalise": False, "alone": False},
@@ -37,6 +37,13 @@ irlign.load_reward("this folder").score(["a prompt"], ["an answer"])
 
 Limits: it has learned what tells two sets of answers apart, and that includes style. Best-of-N under it can pass the
 point where more is worse: read the curve in the run's report.
+"""
+
+HELD = """# {name}: what Best-of-N selects by
+
+The learned reward `{reward}` held to what the SFT policy finds likely: both over their standard deviation within a prompt's answers, the
+likelihood (mean log-probability a token) with weight {weight:g}, averaged. It lies beside the two folders it combines and needs them:
+`irlign.load_reward("this folder").score(prompts, completions)`. `reward.likelihood=0` selects by `{reward}` alone.
 """
 
 
@@ -80,9 +87,10 @@ def publish_log_ratios(
 ) -> None:
     """reward.json of the named LOG_RATIOS, in folders below `folder`, over the run's own policies by their place and their hash."""
     policies = {side: {"path": f"../../policies/{side}", "sha256": hashes[f"policies/{side}"]["sha256"]} for side in ("sft", "init")}
-    about = {"kind": "log-ratio", "contrast": "init-sft", "loss": None, "chat_template": chat_template, "seed": seed}
+    about = {"kind": "log-ratio", "loss": None, "chat_template": chat_template, "seed": seed}
     for name in names:
-        write_json(folder / name / "reward.json", {"name": name, **about, **LOG_RATIOS[name], "inputs": policies})
+        contrast = None if LOG_RATIOS[name]["alone"] else "init-sft"
+        write_json(folder / name / "reward.json", {"name": name, **about, "contrast": contrast, **LOG_RATIOS[name], "inputs": policies})
 
 
 def held_to_likelihood(
@@ -106,3 +114,4 @@ def publish_held(folder: Path, name: str, reward: Path, scales: Sequence[Sequenc
     about = {k: v for k, v in read_json(reward / "reward.json").items() if k in ABOUT}
     shape = {"kind": "ensemble", "members": [f"../{reward.name}", f"../{LIKELIHOOD}"], "aggregate": "mean", "variance_penalty": 0.0}
     write_json(folder / name / "reward.json", {**about, **shape, "name": name, "scales": scales, "likelihood": weight})
+    (folder / name / "README.md").write_text(HELD.format(name=name, reward=reward.name, weight=weight), encoding="utf-8")
