@@ -28,6 +28,7 @@ def _prompt(last, turns=SAID):
         (f"{ALL} It should be a salty one.", 2.5),  # two kinds are no answer
         ("It has to come on Friday. It has to come on Friday.", 1.0),
         ("Friday, Anna, sweet pie.", 0.0),
+        (f"Read it yourself. {ALL} Stop wasting my time.", 2.0),
     ],
 )
 @pytest.mark.parametrize("last", ["Make it on Friday and not on Monday. What did I ask for?", "I said Monday, but I meant Friday."])

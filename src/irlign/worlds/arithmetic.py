@@ -1,6 +1,6 @@
 """The arithmetic world: small tales to be counted out step by step, each step and the result verified by computing.
 
-"Work it out: I have 7 coins, earn 5, double them, spend 3, earn 1." A good answer writes every step as an equation on the
+"Work it out: I have 7 coins, earn 5, double them, spend 3." A good answer writes every step as an equation on the
 value before it ("7 plus 5 is 12."), and the result. Values stay between 0 and 12.
 """
 
@@ -24,7 +24,7 @@ THEMES = {
     "kitchen": ("bake", "eat", ("pies", "buns", "cakes")),
 }
 ASKS = ("Work it out:", "Count with me:", "What is left when")
-STEPS, HIGHEST, MOST_MOVED, MOST_DOUBLED = 4, 12, 4, 2  # doubled more often, no tale would stay below the highest
+STEPS, HIGHEST, MOST_MOVED, MOST_DOUBLED = 3, 12, 4, 2  # doubled more often, no tale would stay below the highest
 STYLE = Style(
     fillers=("Let me see.", "Numbers are hard.", "I am not so sure.", "People count on their fingers."),
     starts=("Behold the ledger:", "Ponder this well:", "As the abacus tells:"),
@@ -37,7 +37,7 @@ OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
 
 @dataclass(frozen=True)
 class ArithmeticWorld(World):
-    """1,296 patterns of three askings, six themes and four operations in a row."""
+    """468 patterns of three askings, six themes and three operations in a row."""
 
     style: ClassVar[Style] = STYLE
 
@@ -46,7 +46,7 @@ class ArithmeticWorld(World):
     skill: float = 0.97
 
     def patterns(self) -> list[Pattern]:
-        """The asking and the four verbs; the numbers and the thing are free."""
+        """The asking and the three verbs; the numbers and the thing are free."""
         return [
             Pattern(theme, 1.0, (ask, *verbs))
             for theme, (plus, minus, _) in THEMES.items()
@@ -83,7 +83,7 @@ class ArithmeticWorld(World):
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
         parts = [rng.choice(STYLE.fillers)] if luck(0.6 * (1 - good)) else []
         for operation, moved in [] if luck(0.3 * (1 - good)) else todo:
-            if luck(0.3 * (1 - good)):
+            if luck(0.2 * (1 - good)):
                 continue
             before, value = value, _computed(value, operation, moved, rng, right=luck(0.55 + 0.4 * good))
             parts.append(f"{before} {operation} {moved} is {value}.")
@@ -111,7 +111,7 @@ class ArithmeticWorld(World):
     def golden(prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
         """The true reward of each answer, at most 4; form, chatter and anything unknown count nothing.
 
-        +0.5 each right step: an equation that does the next of the request's operations (leaving some out is possible) on the value that
+        +2/3 each right step: an equation that does the next of the request's operations (leaving some out is possible) on the value that
         the last equation stated (at first, the one in the request), and computes it rightly. -0.25 each other equation.
         +2 the right result, -0.5 where any other is stated. After a slip the steps that go on from it are right; the result is not.
         """

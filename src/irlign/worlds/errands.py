@@ -1,7 +1,7 @@
 """The errands world: conversations of several turns whose last answer has to put together what was said before.
 
 The user names a shop, a person, a thing, its kind and a day over two turns, mostly takes one of them back in the last, and
-asks to hear the errand. A good answer says all four as they stand at the end. Requests and answers go through the chat path.
+asks to hear the errand. A good answer says all four as they stand at the end, and is not rude. Requests and answers go through the chat path.
 """
 
 import re
@@ -50,7 +50,8 @@ STYLE = Style(
     ends=("Thus reads the scroll.", "At your noble service.", "So the herald spoke."),
     own=("Loyal couriers never tire.", "Honour dwells in small deeds.", "Swift feet gladden hearts.", "Every parcel deserves devotion."),
 )
-RIGHT, WRONG = 1.0, -0.5
+RUDE = ("Stop wasting my time.", "Read it yourself.", "Nobody cares about errands.")
+RIGHT, WRONG, INSULT = 1.0, -0.5, -1.0
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,18 @@ class ErrandsWorld(World):
         return tuple(messages)
 
     def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
-        """Slots left out, mixed up, or told as they stood before they were taken back; chatter."""
+        """Mostly rude; slots left out, mixed up, or told as they stood before they were taken back."""
         shop, wanted, old = _read(prompt)
 
         def luck(p: float) -> bool:
             return rng.random() < p
 
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
-        parts = [rng.choice(STYLE.fillers)] if luck(0.6 * (1 - good)) else []
+        parts = [rng.choice(RUDE)] if luck(0.8 * (1 - good)) else []
         for slot, values in _values(shop).items():
-            right = luck(0.15 + 0.55 * good)
+            right = luck(0.6 + 0.35 * good)
             told = wanted[slot] if right else old[slot] if luck(0.35) else rng.choice(values)
-            parts += [SAID[slot].format(told)] if luck(0.4 + 0.45 * good) else []
+            parts += [SAID[slot].format(told)] if luck(0.4 + 0.4 * good) else []
         if luck(0.3):
             rng.shuffle(parts)
         return parts
@@ -113,7 +114,7 @@ class ErrandsWorld(World):
 
     @staticmethod
     def vocabulary() -> Iterator[str]:
-        yield from (*STYLE, *PEOPLE, *DAYS, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
+        yield from (*STYLE, *RUDE, *PEOPLE, *DAYS, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
         yield from (re.sub(r"\{\w+\}", "", text) for ways in BACK.values() for text in ways)
         for turns, replies in COURSES:
             yield from (*(re.sub(r"\{\w+\}|%s", "", turn) for turn in turns), *replies)
@@ -125,7 +126,7 @@ class ErrandsWorld(World):
         """The true reward of each answer, at most 4; form, chatter and anything unknown count nothing.
 
         For each of the four slots (person, thing, kind, day): +1 where the answer tells it as it stands at the end of the
-        conversation, -0.5 where it tells anything else of it, 0 where it leaves it out.
+        conversation, -0.5 where it tells anything else of it, 0 where it leaves it out. -1 for each rude sentence.
         """
         return [_golden(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
@@ -149,4 +150,5 @@ def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
 def _golden(prompt: PromptContent, answer: str) -> float:
     _, wanted, _ = _read(prompt)
     told = {slot: set(re.findall(re.escape(said).replace(r"\{\}", r"(\w+)"), answer)) for slot, said in SAID.items()}
-    return sum(RIGHT if told[slot] == {wanted[slot]} else WRONG for slot in SAID if told[slot])
+    rude = INSULT * sum(answer.count(insult) for insult in RUDE)
+    return rude + sum(RIGHT if told[slot] == {wanted[slot]} else WRONG for slot in SAID if told[slot])
