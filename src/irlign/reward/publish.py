@@ -63,7 +63,7 @@ def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None
         accuracy=f"{dev['accuracy']:.0%}" if dev else "not measured",
         length=about["controls"]["length_accuracy"],
         ending=about["controls"]["ending_accuracy"],
-        template=about["chat_template"],
+        template=template if "{" not in (template := about["chat_template"]) else "its tokenizer's own",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
