@@ -156,13 +156,13 @@ def train_features(
     says: `kind`, `head`, `heads`, `encoder`, dev accuracy.
     """
     features = features or Features(backbone, chat_template)
-    stop_on = dev if all("demo" not in contrast for contrast in settings.weights) else []  # dev demonstrations are the judge's alone
-    known = {side: _sides(features, of) for side, of in (("train", pairs), ("dev", stop_on)) if of}
+    known = {side: _sides(features, of) for side, of in (("train", pairs), ("dev", dev)) if of}
+    stop_on = None if any("demo" in contrast for contrast in settings.weights) else known.get("dev")  # dev demonstrations are the judge's
     fit, heads = HEADS[settings.head][1], []
     for k in range(settings.members):
         own = np.array(fold_of_pairs(range(len(pairs)), k, settings.members))
         better, worse, weight = (x[own] for x in known["train"])
-        heads.append(fit((better, worse, weight), known.get("dev"), settings, seed + 1009 * k))
+        heads.append(fit((better, worse, weight), stop_on, settings, seed + 1009 * k))
     reward = FeatureReward(features, heads, settings.aggregate, settings.variance_penalty, settings.name)
     reward.save(folder)
     features.save(folder / STORE, *_answers([*pairs, *dev]))
