@@ -361,3 +361,12 @@ def test_an_error_leaves_what_was_published(copied):
     assert hash_path(copied / "policies/sft") == wanted and _manifest(copied)["sft"]["status"] == "failed"
     run(small_recipe(copied))
     assert all(entry["status"] == "complete" for entry in _manifest(copied).values())
+
+
+def test_what_selects_is_no_matter_of_training(copied):
+    """Leaving the likelihood out selects again and trains nothing again."""
+    before = json.loads((copied / "manifest.json").read_text())["stages"]
+    results = run(small_recipe(copied, best_of_n={"likelihood": 0}))
+    after = json.loads((copied / "manifest.json").read_text())["stages"]
+    assert {stage for stage in before if after[stage] != before[stage]} == {"bon", "eval", "report"}
+    assert results["run"]["selector"] == "init-sft" and not (copied / "rewards/init-sft+likelihood").exists()

@@ -187,7 +187,7 @@ def reward(recipe: Recipe, run: Run) -> None:
 def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward, held to what pi_SFT finds likely,
     selects among as many answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
-    learned, weight, selector, given = recipe.reward.name, recipe.reward.likelihood, recipe.reward.selector, recipe.best_of_n.n
+    learned, weight, selector, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selector, recipe.best_of_n.n
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
@@ -229,7 +229,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
     from irlign.evaluate.golden import golden_inputs
 
-    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.reward.selector
+    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.selector
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
     def build(folder: Path) -> dict[str, Any]:
@@ -444,7 +444,7 @@ def _rewards(recipe: Recipe) -> list[str]:
     """The rewards of a run: the learned one, then those without training."""
     from irlign.reward.publish import LIKELIHOOD, LOG_RATIOS
 
-    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else [LIKELIHOOD] if recipe.reward.likelihood else [])]
+    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else [LIKELIHOOD])]
 
 
 def _inside(*paths: str) -> dict[str, str]:
@@ -480,7 +480,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "dataset": recipe.dataset_name,
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
-        "selector": recipe.reward.selector,
+        "selector": recipe.selector,
         "reward": f"{recipe.reward.about_contrast}; {recipe.reward.kind}",
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,

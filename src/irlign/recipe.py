@@ -77,6 +77,11 @@ class Recipe(Settings):
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
         return self
 
+    @property
+    def selector(self) -> str:
+        """The reward that selects: the learned one, held to what pi_SFT finds likely where `best_of_n.likelihood` asks for it."""
+        return f"{self.reward.name}+likelihood" if self.best_of_n.likelihood else self.reward.name
+
 
 def as_recipe(config: str | Path | Mapping[str, Any] | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:
     """A checked recipe from a file, a mapping or a recipe, with overrides applied. Raises ConfigError."""

@@ -85,7 +85,7 @@ def _selects(selector: str) -> str:
         return ""
     return (
         f" {selector} selects: the learned reward {learned} and pi_SFT's own log-probability a token, weighed alike, since a reward alone "
-        "drifts to answers that pi_SFT hardly ever gives (reward.likelihood=0 leaves it out)."
+        "drifts to answers that pi_SFT hardly ever gives (best_of_n.likelihood=0 leaves it out)."
     )
 
 

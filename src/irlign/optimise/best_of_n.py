@@ -20,6 +20,12 @@ class BestOfNSettings(Settings):
     """Selection from the pool of pi_SFT on dev and test prompts."""
 
     n: int | None = Field(None, ge=1, description="answers to choose among; null = chosen without labels on the dev prompts")
+    likelihood: float = Field(
+        1.0,
+        ge=0,
+        description="selection also asks what pi_SFT finds likely: weight of log pi_SFT(y|x) a token beside the reward, both in standard "
+        "deviations within a prompt; 0 = the reward alone",
+    )
 
 
 def scored_text(sample: Sample) -> str:

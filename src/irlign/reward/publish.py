@@ -43,7 +43,7 @@ HELD = """# {name}: what Best-of-N selects by
 
 The learned reward `{reward}` held to what the SFT policy finds likely: both over their standard deviation within a prompt's answers, the
 likelihood (mean log-probability a token) with weight {weight:g}, averaged. It lies beside the two folders it combines and needs them:
-`irlign.load_reward("this folder").score(prompts, completions)`. `reward.likelihood=0` selects by `{reward}` alone.
+`irlign.load_reward("this folder").score(prompts, completions)`. `best_of_n.likelihood=0` selects by `{reward}` alone.
 """
 
 

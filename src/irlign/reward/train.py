@@ -41,12 +41,6 @@ class RewardSettings(TrainerSettings):
     members: int = Field(1, ge=1, le=64, description="rewards trained on different samples with different seeds; 1 is no ensemble")
     aggregate: Literal["mean", "min", "mean-variance", "weight-average"] = Field("mean", description="how members become one reward")
     variance_penalty: float = Field(0.5, ge=0, description="lambda of mean-variance: mean - lambda * variance over the members")
-    likelihood: float = Field(
-        1.0,
-        ge=0,
-        description="selection also asks what pi_SFT finds likely: weight of log pi_SFT(y|x) a token beside the reward, both in standard "
-        "deviations within a prompt; 0 = the reward alone",
-    )
     log_ratio: bool = Field(
         True, description="also publish the rewards without training, log pi_SFT - log pi_0 whole and a token, as baselines"
     )
@@ -83,11 +77,6 @@ class RewardSettings(TrainerSettings):
     def name(self) -> str:
         """What the reward is called, and its folder: its contrast, or `mixture` or `ensemble` where it has several."""
         return next(iter(self.weights)) if len(self.weights) == 1 else "ensemble" if self.ensemble else "mixture"
-
-    @property
-    def selector(self) -> str:
-        """The reward that selects: the learned one, held to what pi_SFT finds likely where `likelihood` asks for it."""
-        return f"{self.name}+likelihood" if self.likelihood else self.name
 
     @property
     def about_contrast(self) -> str:
