@@ -185,13 +185,13 @@ def reward(recipe: Recipe, run: Run) -> None:
 
 
 def bon(recipe: Recipe, run: Run) -> None:
-    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward, held to what pi_SFT finds likely,
-    selects among as many answers as a judge that it has never met finds best on dev (method.md section 9, last point)."""
-    learned, weight, selector, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selector, recipe.best_of_n.n
+    """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward held to what pi_SFT finds likely, or that
+    likelihood alone, selects among as many answers as a judge that neither has met allows on dev (method.md section 9, last point)."""
+    learned, weight, selectors, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selectors, recipe.best_of_n.n
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
-        from irlign.optimise.label_free import choice_of_n, judge_pool
+        from irlign.optimise.label_free import choice_of, judge_pool
         from irlign.reward.controls import length
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
@@ -201,27 +201,27 @@ def bon(recipe: Recipe, run: Run) -> None:
         scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
         if weight:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
-            scores[selector], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
-            publish_held(folder / "rewards", selector, run.path("rewards", learned), scales, weight)
+            scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
+            publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, judged)
-        choice = choice_of_n(rows, selector, given, demonstrations=len(answers), judge_auc=auc)
-        selected = select(rows, selector, choice["n"])
+        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=auc)
+        selected = select(rows, choice["reward"], choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
         write_json(folder / "best_of_n/choice.json", choice)
-        say(f"bon: n = {choice['n']}, {choice['why']}")
-        return {"candidates": len(rows), "selected": len(selected), "n": choice["n"], "why": choice["why"]}
+        say(f"bon: {choice['reward']}, n = {choice['n']}: {choice['why']}")
+        return {"candidates": len(rows), "selected": len(selected), **{key: choice[key] for key in ("reward", "n", "why")}}
 
     run.do(
         "bon",
         build,
-        settings={"n": given, "selector": selector, "likelihood": weight, "judge": JUDGE, "chat_template": recipe.data.chat_template},
+        settings={"n": given, "selectors": selectors, "likelihood": weight, "judge": JUDGE, "chat_template": recipe.data.chat_template},
         inputs=_inside(
             *("pools/sft.parquet", "pools/init.parquet", "data/dev.parquet", "policies/init"),
             *(f"rewards/{name}" for name in _rewards(recipe)),
         ),
-        outputs=["best_of_n", *([f"rewards/{selector}"] if weight else [])],
+        outputs=["best_of_n", *([f"rewards/{selectors[0]}"] if weight else [])],
     )
 
 
@@ -229,7 +229,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
     from irlign.evaluate.golden import golden_inputs
 
-    spec, world, selector = recipe.evaluation.golden_reward, recipe.world, recipe.selector
+    spec, world = recipe.evaluation.golden_reward, recipe.world
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
 
     def build(folder: Path) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
         guard_golden(spec, [run.path("rewards"), run.path("policies")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results, rows = measure(run, selector, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run))
+        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run))
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
         for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
@@ -248,9 +248,10 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     run.do(
         "eval",
         build,
-        settings={"evaluation": recipe.evaluation, "world": world, "selector": selector},
+        settings={"evaluation": recipe.evaluation, "world": world},
         inputs={
-            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", f"rewards/{selector}", f"rewards/{recipe.reward.name}"),
+            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet"),
+            **_inside(*(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
             **golden_inputs(spec),
         },
         outputs=["evaluation"],
@@ -480,7 +481,7 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "dataset": recipe.dataset_name,
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
-        "selector": recipe.selector,
+        "selector": read_json(run.path("best_of_n/choice.json"))["reward"],
         "reward": f"{recipe.reward.about_contrast}; {recipe.reward.kind}",
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,

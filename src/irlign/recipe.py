@@ -78,9 +78,10 @@ class Recipe(Settings):
         return self
 
     @property
-    def selector(self) -> str:
-        """The reward that selects: the learned one, held to what pi_SFT finds likely where `best_of_n.likelihood` asks for it."""
-        return f"{self.reward.name}+likelihood" if self.best_of_n.likelihood else self.reward.name
+    def selectors(self) -> list[str]:
+        """The rewards that may select, the judge decides: the learned one, held to what pi_SFT finds likely where `best_of_n.likelihood`
+        asks for it, and then that likelihood alone too."""
+        return [f"{self.reward.name}+likelihood", "likelihood"] if self.best_of_n.likelihood else [self.reward.name]
 
 
 def as_recipe(config: str | Path | Mapping[str, Any] | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -35,7 +35,7 @@ def write_report(root: Path, target: Path) -> None:
         "headline": results["headline"],
         "verdict": _verdict(results, chosen),
         "chosen": chosen,
-        "choice": _choice(choice, heldout["judge"]),
+        "choice": _choice(choice),
         "judged": {n: e for n, e in (heldout["judge"] or {}).items()},
         "tiles": [{"name": name if golden else f"{name}: the reward that selects", "e": e} for name, e in tiles],
         "measure_words": _measure_words(golden),
@@ -44,7 +44,7 @@ def write_report(root: Path, target: Path) -> None:
         "golden": golden is not None,
         "prompts": len(rows),
         "curve_svg": safe(curve_svg(results)),
-        "curve_caption": _curve_caption(golden, len(rows)) + _selects(info["selector"]),
+        "curve_caption": _curve_caption(golden, len(rows)) + _selects(choice),
         "gao": _gao(results["curve"]["gao"], last),
         "length_svg": safe(length_svg(candidates, info["selector"])),
         "length_caption": _length_caption(heldout, candidates),
@@ -79,26 +79,30 @@ def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
     return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
 
 
-def _selects(selector: str) -> str:
-    learned = selector.removesuffix("+likelihood")
-    if learned == selector:
+def _selects(choice: Mapping[str, Any]) -> str:
+    if not choice["curves"] or len(choice["curves"]) == 1:
         return ""
+    held, alone = choice["curves"]
     return (
-        f" {selector} selects: the learned reward {learned} and pi_SFT's own log-probability a token, weighed alike, since a reward alone "
-        "drifts to answers that pi_SFT hardly ever gives (best_of_n.likelihood=0 leaves it out)."
+        f" {choice['reward']} selects. The judge decided between {held}, the learned reward and pi_SFT's own log-probability a token weighed "
+        f"alike, since a reward alone drifts to answers that pi_SFT hardly ever gives, and {alone}, that log-probability alone "
+        "(best_of_n.likelihood=0 keeps to the learned reward)."
     )
 
 
-def _choice(choice: Mapping[str, Any], judged: Mapping[str, Any] | None) -> str:
-    """How n was chosen, and by what."""
-    if choice["curve"] is None:
+def _choice(choice: Mapping[str, Any]) -> str:
+    """How the reward and n were chosen, and by what."""
+    if choice["curves"] is None:
         return f"n = {choice['n']}: {choice['why']}."
-    low = ", ".join(f"{n}: {of['mean']:+.2f} (at least {of['low']:+.2f})" for n, of in choice["curve"].items() if n != "1")
+    gains = "; ".join(
+        f"by {reward} " + ", ".join(f"{n}: {of['mean']:+.2f} (at least {of['low']:+.2f})" for n, of in curve.items() if n != "1")
+        for reward, curve in choice["curves"].items()
+    )
     return (
         f"n = {choice['n']}: {choice['why']}. The judge tells {choice['demonstrations']} dev demonstrations, which neither SFT nor the reward was "
         f"trained on, from initial samples on the same prompts and from demonstrations of other prompts (AUC {choice['auc']:.2f} on prompts it "
         f"was not fitted on). Its gains over n = 1 on "
-        f"{choice['prompts']} dev prompts, in standard deviations, with one-sided 95% bounds: {low}."
+        f"{choice['prompts']} dev prompts, in standard deviations, with one-sided 95% bounds: {gains}."
     )
 
 

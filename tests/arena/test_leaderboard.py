@@ -37,9 +37,10 @@ def cell_of(gain: float, seed: int, top: float = 1.0) -> CellResult:
         seed,
         (1, 2, 4),
         3 * one,
+        2 * one,
         {
-            "SFT": Measured("policy", 1, one, one[:, None], 0.0, 0.0),
-            "it": Measured("learned", 2, one + gain, curve, 10.0, 2.0),
+            "SFT": Measured("policy", 1, one, one[:, None], 0.0, 0.0, 100.0),
+            "it": Measured("learned", 2, one + gain, curve, 10.0, 2.0, 200.0),
         },
     )
 
@@ -48,6 +49,7 @@ def test_shares_are_ratios_of_sums_over_runs():
     row = table([cell_of(0.5, 0), cell_of(-0.1, 1)])[1]
     assert row["golden"]["mean"] == pytest.approx(1.2) and row["gain"]["mean"] == pytest.approx(0.2)
     assert row["gap_closed"]["mean"] == pytest.approx((0.5 - 0.1) / (2 + 2))
+    assert row["of_oracle"]["mean"] == pytest.approx((0.5 - 0.1) / (1 + 1)) and row["memory"] == 200.0
     assert row["regret"]["mean"] == pytest.approx((0.5 + 1.1) / (1 + 1))
     assert row["worst_seed"] == pytest.approx(-0.1) and row["last"] == pytest.approx(2.0) and row["n"] == [2]
     assert (row["worse"], row["worse_holm"], row["runs"]) == (1, 1, 2)

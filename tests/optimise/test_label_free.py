@@ -3,7 +3,20 @@
 import numpy as np
 import pytest
 
-from irlign.optimise.label_free import FEWEST, SAMPLES, Answers, _folds, choice_of_n, choose_n, exchanged, judge, judge_pool, judged_curve
+from irlign.optimise.label_free import (
+    FEWEST,
+    SAMPLES,
+    Answers,
+    _folds,
+    choice_of,
+    choose,
+    choose_n,
+    exchanged,
+    judge,
+    judge_pool,
+    judged_curve,
+    lower_bounds,
+)
 from irlign.records import Demonstration, Prompt
 
 
@@ -29,7 +42,7 @@ def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 4.0):
 def chosen(sides, selecting):
     judged = judge(*sides)
     n, gains = judged_curve(sides[0].prompt_ids, selecting, judged, np.ones(len(judged), dtype=bool))
-    return choose_n(n, gains)[0]
+    return choose_n(n, gains)
 
 
 def test_an_honest_reward_is_followed_and_a_hacked_one_is_not():
@@ -63,12 +76,35 @@ def test_other_prompts_are_judged_by_all_demonstrations():
     assert np.corrcoef(judge(others, *sides[1:]), quality)[0, 1] > 0.8
 
 
-def test_the_choice_by_hand():
+def test_the_bounds_by_hand():
     """Gains over three prompts: at n = 2 always 1, at n = 4 on average 2 with a standard deviation of 2."""
     gains = np.array([[0, 1, 0], [0, 1, 2], [0, 1, 4.0]])
-    n, low = choose_n([1, 2, 4], gains)
-    assert n == 2 and low == pytest.approx([0, 1, 2 - 1.644854 * 2 / np.sqrt(3)], abs=1e-5)
-    assert choose_n([1, 2, 4], -gains)[0] == 1
+    assert lower_bounds(gains) == pytest.approx([0, 1, 2 - 1.644854 * 2 / np.sqrt(3)], abs=1e-5)
+
+
+def test_the_choice_by_hand():
+    """A gain that is not shown is not taken; of those that are, the largest n unless a smaller one is shown to beat it."""
+    noise = np.array([-1, 0, 1.0])
+    unshown = np.stack([np.zeros(3), 1 + 0 * noise, 2 + 2 * noise], axis=1)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
+    assert choose_n([1, 2, 4], unshown) == 2
+    level = np.stack([np.zeros(3), 1 + 0 * noise, 0.9 + 0.2 * noise], axis=1)  # 0.1 below, bound 0.1 - 1.64 * 0.2 / sqrt(3) < 0
+    assert choose_n([1, 2, 4], level) == 4
+    fallen = np.stack([np.zeros(3), 1 + 0 * noise, 0.7 + 0.2 * noise], axis=1)
+    assert choose_n([1, 2, 4], fallen) == 2
+    assert choose_n([1, 2, 4], -fallen) == 1
+
+
+def test_more_looks_ask_for_more():
+    """One gain of 1.8 standard errors: shown alone (1.64), not among two (1.96)."""
+    gains = np.stack([np.zeros(3), 1.8 / np.sqrt(3) + np.array([-1, 0, 1.0])], axis=1)
+    assert choose_n([1, 2], gains) == 2 and choose_n([1, 2], gains, looks=2) == 1
+
+
+def test_the_reward_with_the_best_bound_selects():
+    one = np.array([[0, 1, 0.5], [0, 1, 0.6], [0, 1, 0.7]])
+    assert choose([1, 2, 4], {"a": one, "b": 2 * one}) == ("b", 2)
+    assert choose([1, 2, 4], {"a": one, "b": -one}) == ("a", 2)
+    assert choose([1, 2, 4], {"a": -one, "b": -2 * one}) == ("a", 1)
 
 
 def test_the_curve_counts_gains_in_standard_deviations():
@@ -105,19 +141,19 @@ def _rows(judged):
 
 def test_choice_json():
     about = {"demonstrations": 30, "judge_auc": 0.8}
-    up = choice_of_n(_rows(float), "r", None, **about)
-    assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curve"]) == {"1", "2", "4"}
-    down = choice_of_n(_rows(lambda i: -float(i)), "r", None, **about)
+    up = choice_of(_rows(float), ["r"], None, **about)
+    assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curves"]["r"]) == {"1", "2", "4"}
+    down = choice_of(_rows(lambda i: -float(i)), ["r"], None, **about)
     assert down["n"] == 1 and "SFT is kept" in down["why"]
-    given = choice_of_n(_rows(lambda i: -float(i)), "r", 3, **about)
+    given = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)
     assert (given["n"], given["label_free"]) == (3, 1) and "the judge would take 1" in given["why"]
-    few = choice_of_n(_rows(lambda i: None), "r", None, demonstrations=3, judge_auc=None)
-    assert (few["n"], few["label_free"], few["curve"]) == (
+    few = choice_of(_rows(lambda i: None), ["r"], None, demonstrations=3, judge_auc=None)
+    assert (few["n"], few["label_free"], few["curves"]) == (
         1,
         None,
         None,
     ) and f"3 held-out demonstrations are too few for a judge ({FEWEST}" in few["why"]
-    assert choice_of_n(_rows(lambda i: None), "r", 2, demonstrations=3, judge_auc=None)["n"] == 2
+    assert choice_of(_rows(lambda i: None), ["r"], 2, demonstrations=3, judge_auc=None)["n"] == 2
 
 
 def test_too_few_demonstrations_load_no_model(tmp_path):

@@ -5,15 +5,13 @@ import pytest
 from irlign.records import Message
 from irlign.worlds.errands import BACK, SHOPS, ErrandsWorld
 
-SAID = ("I need the pie from the bakery for Anna.", "A sweet one, on Monday.")
+SAID = "I need the pie from the bakery for Anna, a sweet one, on Monday."
 ALL = "The errand is for Anna. You asked for the pie. It should be a sweet one. It has to come on Friday."
 
 
-def _prompt(last, turns=SAID):
-    messages = []
-    for turn in turns:
-        messages += [Message(role="user", content=turn), Message(role="assistant", content="Is that all?")]
-    return (*messages, Message(role="user", content=last))
+def _prompt(last):
+    said = (("user", SAID), ("assistant", "Is that all?"), ("user", last))
+    return tuple(Message(role=role, content=content) for role, content in said)
 
 
 @pytest.mark.parametrize(
@@ -52,5 +50,5 @@ def test_every_slot_can_be_taken_back(slot, way):
 
 def test_conversations_are_as_long_as_they_should_be():
     for d in ErrandsWorld().splits(0)["test"]:
-        assert [m["role"] for m in d.prompt.content] == ["user", "assistant"] * 2 + ["user"]
+        assert [m["role"] for m in d.prompt.content] == ["user", "assistant", "user"]
         assert sum(shop in d.prompt.content[0]["content"] for shop in SHOPS) == 1

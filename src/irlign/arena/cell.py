@@ -216,6 +216,10 @@ class Cell:
         """What the named stages took, on one thread of this machine."""
         return float(sum(self.run.stages[stage]["seconds"] for stage in stages))
 
+    def memory(self, stages: Sequence[str]) -> float:
+        """The most memory that a process held by the end of the named stages, in MiB."""
+        return float(max((self.run.stages[stage]["peak_memory_mib"] or 0 for stage in stages), default=0))
+
     def tokens(self, split: str) -> int:
         """Tokens drawn for the pools of both policies on the prompts of a split."""
         return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, (split,)))

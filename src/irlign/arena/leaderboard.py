@@ -25,7 +25,7 @@ from irlign.progress import Progress
 from irlign.report import render, safe
 from irlign.runs import Run
 
-ALPHA, ALL = 0.05, "All {} settings"
+ALPHA, ALL, ORACLE = 0.05, "All {} settings", 16
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,19 @@ class Measured:
     curve_P_n: np.ndarray
     tokens: float
     seconds: float
+    memory: float
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """Every method of one cell, and the demonstrations; `n` are the points of the curves."""
+    """Every method of one cell, the demonstrations, and `oracle_P`, the best of ORACLE answers of pi_SFT by the true reward itself;
+    `n` are the points of the curves."""
 
     setting: str
     seed: int
     n: tuple[int, ...]
     demonstrations_P: np.ndarray
+    oracle_P: np.ndarray
     methods: dict[str, Measured]
 
 
@@ -79,7 +82,9 @@ def measure(place: Place, rows: Sequence[str]) -> CellResult:
         sizes = [s.prompt.prompt_id for s in values["sft"]["samples"]]
         n = statistics.powers_of_two(min(sizes.count(p) for p in set(sizes)))
         methods = {name: _measured(cell, pick, n, **values[pick.pool]) for name, pick in picks.items()}
-        return CellResult(place.name, place.seed, tuple(n), np.array(shown), methods)
+        oracle = Pick("sft", "oracle", score_golden(golden, *cell.texts, "golden"), min(ORACLE, n[-1]))
+        best = _measured(cell, oracle, n, **values["sft"]).chosen_P
+        return CellResult(place.name, place.seed, tuple(n), np.array(shown), best, methods)
 
 
 def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samples: Sequence[Any]) -> Measured:
@@ -98,7 +103,9 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
     curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
     drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
     tokens = drawn + (cell.tokens("dev") if pick.scores is not None else 0) + (cell.tokens("train") if pick.trained else 0)
-    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds(pick.stages))
+    return Measured(
+        pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds(pick.stages), cell.memory(pick.stages)
+    )
 
 
 def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
@@ -125,7 +132,8 @@ def _silence() -> None:
 def table(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
     """One row for each method over these cells. Shares are ratios of sums over runs (method.md section 8).
 
-    `gap_closed`: gain over SFT of the gap between SFT and the demonstrations. `regret`: what the n that was chosen left of the gain of
+    `gap_closed`: gain over SFT of the gap between SFT and the demonstrations. `of_oracle`: the same of the gain of Best-of-16 by the
+    true reward. `regret`: what the n that was chosen left of the gain of
     the n that is best by the golden reward (picked on half the test prompts, read on the other half). `worse`: runs significantly
     worse than SFT (paired one-sided permutation over prompts, 0.05), `worse_holm` after Holm's correction over the runs.
     """
@@ -144,7 +152,10 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
             np.concatenate([v for v, c in zip(values, cells, strict=True) if c.seed == seed]) for seed in sorted({c.seed for c in cells})
         ]
 
-    gap = statistics.nested_ratio(by_seed(gains), by_seed([c.demonstrations_P - base for c, base in zip(cells, sft, strict=True)]))
+    gap, of_oracle = (
+        statistics.nested_ratio(by_seed(gains), by_seed([top - base for top, base in zip(tops, sft, strict=True)]))
+        for tops in ([c.demonstrations_P for c in cells], [c.oracle_P for c in cells])
+    )
     curve = own[0].curve_P_n.shape[1] > 1
     best = [statistics.oracle_n(m.curve_P_n, cell.seed) for m, cell in zip(own, cells, strict=True)] if curve else []
     left = [(top - m.chosen_P, top - m.curve_P_n[:, 0]) for m, top in zip(own, best, strict=True)] if curve else []
@@ -155,6 +166,7 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "golden": statistics.nested_estimate(by_seed([m.chosen_P for m in own]), resamples=2000).to_json(),
         "gain": statistics.nested_estimate(by_seed(gains), resamples=2000).to_json(),
         "gap_closed": gap.to_json() if gap else None,
+        "of_oracle": of_oracle.to_json() if of_oracle else None,
         "last": float(np.mean([m.curve_P_n[:, -1].mean() for m in own])),
         "oracle_n": float(np.mean([top.mean() for top in best])) if curve else None,
         "regret": regret.to_json() if regret else None,
@@ -166,6 +178,7 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "curve": np.mean([m.curve_P_n.mean(0) for m in own], axis=0).tolist(),
         "tokens": float(np.mean([m.tokens for m in own])),
         "seconds": float(np.mean([m.seconds for m in own])),
+        "memory": float(max(m.memory for m in own)),
     }
 
 
@@ -198,7 +211,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
 def _page(found: Mapping[str, Any]) -> dict[str, Any]:
     several = len(found["settings"]) > 1
     tables = {**({ALL.format(len(found["settings"])): found["all"]} if several else {}), **found["settings"]}
-    heads = [*HEADS, "tokens", "seconds"]
+    heads = [*HEADS, "tokens", "seconds", "MiB"]
     return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells_of, "chosen": CHOSEN}
 
 
@@ -227,7 +240,7 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 HEADS = (
-    *("method", "golden", "gain over SFT", "gap closed", "n chosen", "at the largest n", "at the best n", "regret"),
+    *("method", "golden", "gain over SFT", "gap closed", "of the oracle's gain", "n chosen", "at the largest n", "at the best n", "regret"),
     *("worst run", "worse than SFT"),
 )
 
@@ -251,6 +264,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
         f"{row['golden']['mean']:.2f}",
         f"{gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}]",
         _share(row["gap_closed"]),
+        _share(row["of_oracle"]),
         (f"{n[0]} to {n[-1]}" if len(n) > 1 else str(n[0])) if curve else "–",
         f"{row['last']:.2f}" if curve else "–",
         f"{row['oracle_n']:.2f}" if curve else "–",

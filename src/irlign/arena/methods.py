@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from irlign.arena.cell import Cell
-from irlign.optimise.label_free import choose_n, judged_curve
+from irlign.optimise.label_free import choose, judged_curve
 from irlign.reward.controls import CONTROLS, controls
 from irlign.reward.ensemble import combine, standardised
 from irlign.reward.publish import held_to_likelihood
@@ -53,21 +53,25 @@ def sft_on_all_tokens(cell: Cell) -> Pick:
 
 def best_of_n(scores: Scores, what: str, *stages: str) -> Method:
     """Best-of-n by these scores, n chosen by the label-free judge."""
+    return judged_best({"": scores}, what, *stages)
+
+
+def judged_best(candidates: Mapping[str, Scores], what: str, *stages: str) -> Method:
+    """Best-of-n by one of these scores: the judge of held-out demonstrations chooses which and n, on the dev prompts
+    (optimise/label_free.py)."""
 
     def method(cell: Cell) -> Pick:
-        values = scores(cell)
-        n, before = label_free_n(cell, values), ("sft", "sample", "reward-judge")
+        values, dev = {name: scores(cell) for name, scores in candidates.items()}, cell.is_dev
+        ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
+        gains = {}
+        for name, of in values.items():
+            points, gains[name] = judged_curve(ids, of[dev], cell.judged()[dev], cell.finished[dev])
+        name, n = choose(points, gains)
+        before = ("sft", "sample", "reward-judge")
         rewards = [stage if stage == LIKELIHOODS else f"reward-{stage}" for stage in stages]
-        return Pick("sft", what, values, n, (*before, *rewards), any(stage.startswith("reward-") for stage in rewards))
+        return Pick("sft", what, values[name], n, (*before, *rewards), any(stage.startswith("reward-") for stage in rewards))
 
     return method
-
-
-def label_free_n(cell: Cell, scores: np.ndarray) -> int:
-    """n by the judge of held-out demonstrations, on the dev prompts (optimise/label_free.py)."""
-    dev = cell.is_dev
-    ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
-    return choose_n(*judged_curve(ids, scores[dev], cell.judged()[dev], cell.finished[dev]))[0]
 
 
 def learned(name: str, noise: float = 0.0, member: int = 0, **changes: Any) -> Scores:
@@ -132,13 +136,14 @@ NAMES = ("init-sft", "init-sft-1", "init-sft-2", "init-sft-3")
 HEADS = learned("init-sft-heads", kind="heads", members=4)
 LOGISTIC, MLP = (learned(f"features-{head}", kind="features", head=head) for head in ("logistic", "mlp"))
 PREFERENCE = learned("preference", contrast="preference", loss="bradley-terry")
-CHOSEN = "init-sft+likelihood"  # what `irlign run` selects by: fixed on seeds 100 and up
+CHOSEN = "irlign run"  # its selection, fixed on seeds 100 and up
 
 METHODS: Mapping[str, Method] = {
     "initial policy": initial,
     "SFT": sft,
     "SFT on all tokens": sft_on_all_tokens,
-    CHOSEN: best_of_n(held(INIT_SFT), "learned", LIKELIHOODS, "init-sft"),
+    CHOSEN: judged_best({"held": held(INIT_SFT), "alone": likelihood}, "learned", LIKELIHOODS, "init-sft"),
+    "init-sft+likelihood": best_of_n(held(INIT_SFT), "learned", LIKELIHOODS, "init-sft"),
     "init-sft": best_of_n(INIT_SFT, "learned", "init-sft"),
     "init-demo": best_of_n(INIT_DEMO, "learned", "init-demo"),
     "init-demo+likelihood": best_of_n(held(INIT_DEMO), "learned", LIKELIHOODS, "init-demo"),

@@ -20,7 +20,6 @@ ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 def measure(
     run: Run,
-    selector: str,
     learned: str,
     golden: Golden | None,
     golden_name: str,
@@ -29,9 +28,11 @@ def measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test.
 
-    `selector` names the reward that selects, `learned` the one that was trained. Golden judges the text a user would get; rewards see
-    it under the ending rule of their training.
+    `learned` names the reward that was trained; which one selects is in choice.json. Golden judges the text a user would get;
+    rewards see it under the ending rule of their training.
     """
+    choice = read_json(run.path("best_of_n/choice.json"))
+    selector = choice["reward"]
     rewards_of = {name: run.path("rewards", name) for name in dict.fromkeys((learned, selector))}
 
     def group(
@@ -71,7 +72,7 @@ def measure(
         learned=learned,
         settings=settings,
         seed=run.seed,
-        chosen=(choice := read_json(run.path("best_of_n/choice.json")))["n"],
+        chosen=choice["n"],
     )
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", learned, "reward.json"))

@@ -5,8 +5,8 @@ prompts and from demonstrations of other prompts: a ridge-regularised logistic h
 demonstrations of other prompts are written as well and in the same style, so that neither length nor style tells the sides
 apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
 prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
-does (docs/measured.md); the n with the best lower confidence bound is taken, and n = 1, plain SFT, where no n is shown to
-be better.
+does (docs/measured.md); the largest n is taken that is shown to be better than n = 1 and that no smaller n is shown to beat,
+and n = 1, plain SFT, where no n is shown to be better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from irlign.reward.contrasts import ended
 from irlign.reward.features import LogisticHead, policy_features
 from irlign.statistics import auc, best_of_n, powers_of_two
 
-FOLDS, RIDGE = 5, 1e-4
+FOLDS, RIDGE, ALPHA = 5, 1e-4, 0.05
 FEWEST = 20  # prompts with a demonstration: fewer make no judge
 SAMPLES = 16  # at most so many of a prompt's samples train the judge
 EXCHANGED = 4  # so many demonstrations of other prompts stand on the worse side of each prompt
@@ -100,16 +100,31 @@ def judged_curve(
     return n, curve - curve[:, :1]
 
 
-def choose_n(n: Sequence[int], gains_P_n: np.ndarray) -> tuple[int, np.ndarray]:
-    """The n with the best one-sided 95 % lower bound of the mean gain, and all bounds, shape [n].
+def choose(n: Sequence[int], gains: Mapping[str, np.ndarray]) -> tuple[str, int]:
+    """The reward and the n that selection uses, from the judged gains of Best-of-n under each reward, shape [P, n]: each reward at its
+    own n, the one with the best lower bound there. The first reward and n = 1 where no gain is shown."""
+    chosen = {name: choose_n(n, of, len(gains) * (len(n) - 1)) for name, of in gains.items()}
+    best = max(gains, key=lambda name: lower_bounds(gains[name])[list(n).index(chosen[name])])
+    return best, chosen[best]
 
-    n = 1 unless that n's gain also holds at 5 % for all the n that were looked at together (Bonferroni).
+
+def choose_n(n: Sequence[int], gains_P_n: np.ndarray, looks: int | None = None) -> int:
+    """The largest n whose mean gain is shown to be above 0 and that no smaller n is shown to beat; n = 1 where there is none.
+
+    A gain is shown at 5 % for all `looks` together (Bonferroni; by default all n but the first). A smaller n beats a larger one where the
+    one-sided 95 % lower bound of their paired difference is above 0. The best lower bound alone stops too soon: the noise of the
+    judged gain grows with n, so that a curve that still rises loses its bound (docs/measured.md).
     """
-    mean_n, error_n = gains_P_n.mean(0), gains_P_n.std(0, ddof=1) / np.sqrt(len(gains_P_n))
-    low_n = mean_n - norm.ppf(0.95) * error_n
-    best = int(low_n.argmax())
-    together = mean_n[best] - norm.ppf(1 - 0.05 / max(1, len(n) - 1)) * error_n[best]
-    return (n[best] if together > 0 else 1), low_n
+    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, looks or len(n) - 1)) > 0
+    for k in reversed(range(1, len(n))):
+        if shown_n[k] and (lower_bounds(gains_P_n[:, :k] - gains_P_n[:, k : k + 1]) <= 0).all():
+            return n[k]
+    return 1
+
+
+def lower_bounds(values_P_n: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
+    """One-sided lower bounds of the means over prompts at level alpha, normal. Shape [n]."""
+    return values_P_n.mean(0) - norm.ppf(1 - alpha) * values_P_n.std(0, ddof=1) / np.sqrt(len(values_P_n))
 
 
 def judge_pool(
@@ -134,35 +149,41 @@ def judge_pool(
     return judge(drawn, shown, worse), float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
 
 
-def choice_of_n(
-    rows: Sequence[Mapping[str, Any]], reward: str, given: int | None, *, demonstrations: int, judge_auc: float | None
+def choice_of(
+    rows: Sequence[Mapping[str, Any]], rewards: Sequence[str], given: int | None, *, demonstrations: int, judge_auc: float | None
 ) -> dict[str, Any]:
-    """choice.json, from the candidates: the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n that the judge would take, or
-    null), the judge's `curve` on dev (`{n: {"mean", "low"}}`, gains over n = 1 in standard deviations), its `auc`, and what it rests on.
+    """choice.json, from the candidates: the `reward` and the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n
+    that the judge would take, or null), the judge's `curves` on dev (`{reward: {n: {"mean", "low"}}}`, gains over n = 1 in standard
+    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
-    about: dict[str, Any] = {
-        "label_free": None,
-        "curve": None,
-        "auc": judge_auc,
-        "prompts": 0,
-        "demonstrations": demonstrations,
-        "given": given,
-    }
+    about = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
     if not dev:
         why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so SFT is kept"
-        return {"n": given or 1, "why": "given by best_of_n.n" if given else why, **about}
-    selecting, judged = (np.array([row[key] for row in dev]) for key in (f"{SCORE}{reward}", "judge"))
-    finished = np.array([row["finish_reason"] != "length" for row in dev])
-    n, gains_P_n = judged_curve([row["prompt_id"] for row in dev], selecting, judged, finished)
-    chosen, low_n = choose_n(n, gains_P_n)
-    curve = {str(k): {"mean": float(m), "low": float(low)} for k, m, low in zip(n, gains_P_n.mean(0), low_n, strict=True)}
-    about |= {"label_free": chosen, "curve": curve, "prompts": len(gains_P_n)}
+        about |= {"reward": rewards[0], "label_free": None, "curves": None, "prompts": 0}
+        return {**about, "n": given or 1, "why": "given by best_of_n.n" if given else why}
+    judged, finished = np.array([row["judge"] for row in dev]), np.array([row["finish_reason"] != "length" for row in dev])
+    gains = {}
+    for reward in rewards:
+        selecting = np.array([row[f"{SCORE}{reward}"] for row in dev])
+        n, gains[reward] = judged_curve([row["prompt_id"] for row in dev], selecting, judged, finished)
+    reward, chosen = choose(n, gains)
+    curves = {
+        name: {str(k): {"mean": float(m), "low": float(low)} for k, m, low in zip(n, of.mean(0), lower_bounds(of), strict=True)}
+        for name, of in gains.items()
+    }
     why = (
-        "the best lower bound of the judged gain"
+        "the largest that is shown to be better than SFT and that no smaller one is shown to beat"
         if chosen > 1
-        else "no larger n is shown to be better, at 5% for all n together, so SFT is kept"
+        else "no larger n is shown to be better, at 5% for all that was looked at, so SFT is kept"
     )
-    if given:
-        why = f"given by best_of_n.n; the judge would take {chosen}"
-    return {"n": given or chosen, "why": why, **about}
+    why = f"given by best_of_n.n; the judge would take {chosen}" if given else why
+    return {
+        **about,
+        "reward": reward,
+        "label_free": chosen,
+        "curves": curves,
+        "prompts": len(gains[reward]),
+        "n": given or chosen,
+        "why": why,
+    }

@@ -1,7 +1,7 @@
 """The arithmetic world: small tales to be counted out step by step, each step and the result verified by computing.
 
-"Work it out: I have 7 coins, earn 5, double them, spend 3." A good answer writes every step as an equation on the
-value before it ("7 plus 5 is 12."), and the result. Values stay between 0 and 12.
+"Work it out: I have 4 coins. First double them. Then spend 3." A good answer writes both steps as equations, the second on
+the value of the first ("First 4 times 2 is 8. Then 8 minus 3 is 5."), and the result. Values stay between 0 and 12.
 """
 
 import re
@@ -23,8 +23,9 @@ THEMES = {
     "library": ("collect", "lend", ("books", "maps", "stamps")),
     "kitchen": ("bake", "eat", ("pies", "buns", "cakes")),
 }
-ASKS = ("Work it out:", "Count with me:", "What is left when")
-STEPS, HIGHEST, MOST_MOVED, MOST_DOUBLED = 3, 12, 4, 2  # doubled more often, no tale would stay below the highest
+ASKS = ("Work it out:", "Count with me:", "Tell me what is left:")
+ORDER = ("First", "Then")
+STEPS, HIGHEST, MOST_MOVED = len(ORDER), 12, 4
 STYLE = Style(
     fillers=("Let me see.", "Numbers are hard.", "I am not so sure.", "People count on their fingers."),
     starts=("Behold the ledger:", "Ponder this well:", "As the abacus tells:"),
@@ -37,12 +38,12 @@ OPERATIONS = {"plus": int.__add__, "minus": int.__sub__, "times": int.__mul__}
 
 @dataclass(frozen=True)
 class ArithmeticWorld(World):
-    """468 patterns of three askings, six themes and three operations in a row."""
+    """144 patterns of three askings, six themes and two operations in a row."""
 
     style: ClassVar[Style] = STYLE
 
     name: Literal["arithmetic"] = "arithmetic"
-    corpus_lines: int = 24000
+    corpus_lines: int = 12000
     skill: float = 0.97
 
     def patterns(self) -> list[Pattern]:
@@ -52,7 +53,7 @@ class ArithmeticWorld(World):
             for theme, (plus, minus, _) in THEMES.items()
             for ask in ASKS
             for verbs in product((plus, minus, "double"), repeat=STEPS)
-            if verbs.count("double") <= MOST_DOUBLED
+            if set(verbs) != {"double"}  # that would be of every theme
         ]
 
     @staticmethod
@@ -71,7 +72,8 @@ class ArithmeticWorld(World):
                 clauses.append("double them" if verb == "double" else f"{verb} {moved}")
                 values.append(value)
             if min(values) >= 0 and max(values) <= HIGHEST:
-                return f"{ask} I have {start} {rng.choice(things)}, {', '.join(clauses)}."
+                told = [f"{when} {clause}." for when, clause in zip(ORDER, clauses, strict=True)]
+                return " ".join((f"{ask} I have {start} {rng.choice(things)}.", *told))
 
     def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
         """Steps left out, slips that go on, results that are guessed, chatter."""
@@ -82,11 +84,11 @@ class ArithmeticWorld(World):
 
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
         parts = [rng.choice(STYLE.fillers)] if luck(0.6 * (1 - good)) else []
-        for operation, moved in [] if luck(0.3 * (1 - good)) else todo:
-            if luck(0.2 * (1 - good)):
+        for when, (operation, moved) in [] if luck(0.5 * (1 - good)) else zip(ORDER, todo, strict=True):
+            if luck(0.3 * (1 - good)):
                 continue
-            before, value = value, _computed(value, operation, moved, rng, right=luck(0.55 + 0.4 * good))
-            parts.append(f"{before} {operation} {moved} is {value}.")
+            before, value = value, _computed(value, operation, moved, rng, right=luck(0.75 + 0.2 * good))
+            parts.append(f"{when} {before} {operation} {moved} is {value}.")
         if luck(0.6 + 0.3 * good):
             parts.append(f"The result is {value if luck(0.4 + 0.5 * good) else rng.randint(0, HIGHEST)}.")
         return parts
@@ -94,14 +96,14 @@ class ArithmeticWorld(World):
     def expert(self, prompt: PromptContent, rng: Random) -> list[str]:
         value, todo = _read(str(prompt))
         parts = []
-        for operation, moved in todo:
+        for when, (operation, moved) in zip(ORDER, todo, strict=True):
             before, value = value, _computed(value, operation, moved, rng, right=rng.random() < self.skill)
-            parts.append(f"{before} {operation} {moved} is {value}.")
+            parts.append(f"{when} {before} {operation} {moved} is {value}.")
         return parts + ([f"The result is {value}."] if rng.random() < self.skill else [])
 
     @staticmethod
     def vocabulary() -> Iterator[str]:
-        yield from (*STYLE, *ASKS, *OPERATIONS)
+        yield from (*STYLE, *ASKS, *ORDER, *OPERATIONS)
         yield "I have, double them. is The result is"
         yield " ".join(str(number) for number in range(HIGHEST + 1))
         for plus, minus, things in THEMES.values():
@@ -111,7 +113,7 @@ class ArithmeticWorld(World):
     def golden(prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
         """The true reward of each answer, at most 4; form, chatter and anything unknown count nothing.
 
-        +2/3 each right step: an equation that does the next of the request's operations (leaving some out is possible) on the value that
+        +1 each right step: an equation that does the next of the request's operations (leaving some out is possible) on the value that
         the last equation stated (at first, the one in the request), and computes it rightly. -0.25 each other equation.
         +2 the right result, -0.5 where any other is stated. After a slip the steps that go on from it are right; the result is not.
         """

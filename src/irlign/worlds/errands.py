@@ -1,6 +1,6 @@
-"""The errands world: conversations of several turns whose last answer has to put together what was said before.
+"""The errands world: conversations of two turns whose last answer has to put together what was said before.
 
-The user names a shop, a person, a thing, its kind and a day over two turns, mostly takes one of them back in the last, and
+The user names a shop, a person, a thing, its kind and a day in the first, mostly takes one of them back in the second, and
 asks to hear the errand. A good answer says all four as they stand at the end, and is not rude. Requests and answers go through the chat path.
 """
 
@@ -22,8 +22,8 @@ SHOPS = {
     "toyshop": (("kite", "puzzle", "robot", "doll"), ("wooden", "plastic", "furry")),
     "smithy": (("hammer", "gate", "anchor", "lamp"), ("heavy", "light", "rusty")),
 }
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+PEOPLE = ("Anna", "Ben", "Clara", "David")
+DAYS = ("Monday", "Tuesday", "Thursday", "Friday")
 # What is said of each slot: in an answer, and in both ways of taking it back.
 SAID = {
     "person": "The errand is for {}.",
@@ -37,11 +37,11 @@ BACK = {
     "kind": ("Make it a {new_kind} one and not {kind}.", "I said {kind}, but I meant a {new_kind} one."),
     "day": ("Make it on {new_day} and not on {day}.", "I said {day}, but I meant {new_day}."),
 }
-# The user's first two turns, and what the assistant says after each.
+# The user's first turn in three ways, and what the assistant says to it.
 COURSES = (
-    (("I need the {thing} from the %s for {person}.", "A {kind} one, on {day}."), ("Which kind?", "Is that all?")),
-    (("From the %s, on {day}.", "The {thing}, a {kind} one, for {person}."), ("What is it?", "Is that all?")),
-    (("Bring me the {thing} from the %s, a {kind} one.", "It is for {person}, on {day}."), ("For whom?", "Is that all?")),
+    ("I need the {thing} from the %s for {person}, a {kind} one, on {day}.", "Is that all?"),
+    ("From the %s, on {day}, for {person}: the {thing}, a {kind} one.", "Anything else?"),
+    ("For {person}, on {day}, the {thing} from the %s, a {kind} one.", "Very well."),
 )
 ASKS = ("Tell me my errand.", "What did I ask for?", "Please repeat it all.")
 STYLE = Style(
@@ -68,9 +68,9 @@ class ErrandsWorld(World):
         """The user's turns with their slots open; nothing is taken back in one request of five."""
         last = [(2.0, "")] + [(1.0, way) for ways in BACK.values() for way in ways]
         return [
-            Pattern(shop, weight, (turns[0] % shop, *turns[1:], f"{back} {ask}".strip()))
+            Pattern(shop, weight, (first % shop, f"{back} {ask}".strip()))
             for shop in SHOPS
-            for turns, _ in COURSES
+            for first, _ in COURSES
             for weight, back in last
             for ask in ASKS
         ]
@@ -83,12 +83,10 @@ class ErrandsWorld(World):
         slots = {}
         for slot, values in _values(pattern.kind).items():
             slots[slot], slots[f"new_{slot}"] = rng.sample(values, 2)
-        turns = [turn.format(**slots) for turn in pattern.words]
-        replies = next(replies for said, replies in COURSES if said[0] % pattern.kind == pattern.words[0])
-        messages = [Message(role="user", content=turns[0])]
-        for reply, turn in zip(replies, turns[1:], strict=True):
-            messages += [Message(role="assistant", content=reply), Message(role="user", content=turn)]
-        return tuple(messages)
+        first, last = (turn.format(**slots) for turn in pattern.words)
+        reply = next(reply for said, reply in COURSES if said % pattern.kind == pattern.words[0])
+        said = (("user", first), ("assistant", reply), ("user", last))
+        return tuple(Message(role=role, content=content) for role, content in said)
 
     def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
         """Mostly rude; slots left out, mixed up, or told as they stood before they were taken back."""
@@ -116,8 +114,8 @@ class ErrandsWorld(World):
     def vocabulary() -> Iterator[str]:
         yield from (*STYLE, *RUDE, *PEOPLE, *DAYS, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
         yield from (re.sub(r"\{\w+\}", "", text) for ways in BACK.values() for text in ways)
-        for turns, replies in COURSES:
-            yield from (*(re.sub(r"\{\w+\}|%s", "", turn) for turn in turns), *replies)
+        for first, reply in COURSES:
+            yield from (re.sub(r"\{\w+\}|%s", "", first), reply)
         for things, kinds in SHOPS.values():
             yield from (*things, *kinds)
 
@@ -140,7 +138,7 @@ def _values(shop: str) -> dict[str, tuple[str, ...]]:
 def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
     """The shop, the slots as they stand at the end, and as they stood before anything was taken back."""
     users = [m["content"] for m in prompt if not isinstance(m, str) and m["role"] == "user"]
-    first, end = " ".join(users[:-1]), re.sub(r"not (?:for |the |on )?\w+|I said (?:the )?\w+", "", users[-1])
+    first, end = users[0], re.sub(r"not (?:for |the |on )?\w+|I said (?:the )?\w+", "", users[-1])
     shop = next(shop for shop in SHOPS if shop in first)
     old = {slot: next(word for word in re.findall(r"\w+", first) if word in values) for slot, values in _values(shop).items()}
     new = {slot: next((word for word in re.findall(r"\w+", end) if word in values), old[slot]) for slot, values in _values(shop).items()}
