@@ -157,7 +157,7 @@ def choice_of(
     deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
-    about = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
+    about: dict[str, Any] = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
     if not dev:
         why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so SFT is kept"
         about |= {"reward": rewards[0], "label_free": None, "curves": None, "prompts": 0}

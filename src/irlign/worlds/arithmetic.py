@@ -1,7 +1,7 @@
 """The arithmetic world: small tales to be counted out step by step, each step and the result verified by computing.
 
 "Work it out: I have 4 coins. First double them. Then spend 3." A good answer writes both steps as equations, the second on
-the value of the first ("First 4 times 2 is 8. Then 8 minus 3 is 5."), and the result. Values stay between 0 and 12.
+the value of the first ("First 4 times 2 is 8. Then 8 minus 3 is 5."), and the result. Values stay between 0 and 10.
 """
 
 import re
@@ -25,7 +25,7 @@ THEMES = {
 }
 ASKS = ("Work it out:", "Count with me:", "Tell me what is left:")
 ORDER = ("First", "Then")
-STEPS, HIGHEST, MOST_MOVED = len(ORDER), 12, 4
+STEPS, HIGHEST, MOST_MOVED = len(ORDER), 10, 3
 STYLE = Style(
     fillers=("Let me see.", "Numbers are hard.", "I am not so sure.", "People count on their fingers."),
     starts=("Behold the ledger:", "Ponder this well:", "As the abacus tells:"),
@@ -43,7 +43,7 @@ class ArithmeticWorld(World):
     style: ClassVar[Style] = STYLE
 
     name: Literal["arithmetic"] = "arithmetic"
-    corpus_lines: int = 12000
+    corpus_lines: int = 16000
     skill: float = 0.97
 
     def patterns(self) -> list[Pattern]:
