@@ -38,9 +38,10 @@ def cell_of(gain: float, seed: int, top: float = 1.0) -> CellResult:
         (1, 2, 4),
         3 * one,
         2 * one,
+        5.0,
         {
             "SFT": Measured("policy", 1, one, one[:, None], 0.0, 0.0, 100.0),
-            "it": Measured("learned", 2, one + gain, curve, 10.0, 2.0, 200.0),
+            "it": Measured("learned", 2, one + gain, curve, 10.0, 2.0, 200.0, 0.5, 0.8),
         },
     )
 
@@ -50,6 +51,7 @@ def test_shares_are_ratios_of_sums_over_runs():
     assert row["golden"]["mean"] == pytest.approx(1.2) and row["gain"]["mean"] == pytest.approx(0.2)
     assert row["gap_closed"]["mean"] == pytest.approx((0.5 - 0.1) / (2 + 2))
     assert row["of_oracle"]["mean"] == pytest.approx((0.5 - 0.1) / (1 + 1)) and row["memory"] == 200.0
+    assert row["correlation"]["mean"] == 0.5 and row["accuracy"]["mean"] == 0.8
     assert row["regret"]["mean"] == pytest.approx((0.5 + 1.1) / (1 + 1))
     assert row["worst_seed"] == pytest.approx(-0.1) and row["last"] == pytest.approx(2.0) and row["n"] == [2]
     assert (row["worse"], row["worse_holm"], row["runs"]) == (1, 1, 2)
@@ -109,6 +111,14 @@ def test_no_method_but_the_labelled_ones_reaches_the_true_reward(tmp_path, monke
                     method(cell)
             elif not name.startswith("init-sft 4 seeds"):  # three more trainings of what was trained
                 assert method(cell).what != "labelled"
+
+
+def test_settings_that_are_the_base_share_a_cell(tmp_path):
+    """Under names of their own; a setting that differs has a folder of its own."""
+    place = Place(str(tmp_path), (("world.name", "dialogue"), ("world.demonstrations", 400)), 0)
+    assert place.name == "dialogue, demonstrations 400" and place.folder == tmp_path / "dialogue/seed-0"
+    few = Place(str(tmp_path), (("world.name", "dialogue"), ("world.demonstrations", 25)), 0)
+    assert few.folder == tmp_path / "dialogue-demonstrations_25/seed-0" and few.recipe().output_dir == str(few.folder)
 
 
 def test_the_table_and_the_page(tmp_path, monkeypatch):

@@ -83,13 +83,13 @@ def test_the_bounds_by_hand():
 
 
 def test_the_choice_by_hand():
-    """A gain that is not shown is not taken; of those that are, the largest n unless a smaller one is shown to beat it."""
+    """Of the gains that are shown the highest is taken; one that is not shown is not taken, however high."""
     noise = np.array([-1, 0, 1.0])
     unshown = np.stack([np.zeros(3), 1 + 0 * noise, 2 + 2 * noise], axis=1)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
     assert choose_n([1, 2, 4], unshown) == 2
-    level = np.stack([np.zeros(3), 1 + 0 * noise, 0.9 + 0.2 * noise], axis=1)  # 0.1 below, bound 0.1 - 1.64 * 0.2 / sqrt(3) < 0
-    assert choose_n([1, 2, 4], level) == 4
-    fallen = np.stack([np.zeros(3), 1 + 0 * noise, 0.7 + 0.2 * noise], axis=1)
+    rising = np.stack([np.zeros(3), 1 + 0 * noise, 1.1 + 0.2 * noise], axis=1)  # the bound falls: 1.1 - 1.64 * 0.2 / sqrt(3) < 1
+    assert choose_n([1, 2, 4], rising) == 4
+    fallen = np.stack([np.zeros(3), 1 + 0 * noise, 0.9 + 0.2 * noise], axis=1)
     assert choose_n([1, 2, 4], fallen) == 2
     assert choose_n([1, 2, 4], -fallen) == 1
 

@@ -5,7 +5,7 @@ methods, goes on. The golden reward is out of reach here, but for `preferences`,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from irlign import pipeline
-from irlign.files import read_table, write_table
+from irlign.files import read_json, read_table, write_table
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.label_free import JUDGE, judge_pool
 from irlign.recipe import Recipe, as_recipe
@@ -55,18 +55,31 @@ class Place:
 
     @property
     def folder(self) -> Path:
-        return Path(self.root) / self.name.replace(", ", "-").replace(" ", "_") / f"seed-{self.seed}"
+        """Named by what differs from the base recipe, so that studies whose settings meet share a cell."""
+        base = Place(self.root, (("world.name", dict(self.setting)["world.name"]),), self.seed, self.quick)
+        own, its = self._settings().model_dump(), base._settings().model_dump()
+        changed = tuple((key, value) for key, value in self.setting if key == "world.name" or _at(own, key) != _at(its, key))
+        return Path(self.root) / replace(self, setting=changed).name.replace(", ", "-").replace(" ", "_") / f"seed-{self.seed}"
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the cell. Raises ConfigError on an unknown key or value."""
+        return self._settings().model_copy(update={"output_dir": str(self.folder)})
+
+    def _settings(self) -> Recipe:
         values: dict[str, Any] = {section: dict(of) for section, of in BASE.items()}
         for section, of in (QUICK if self.quick else {}).items():
             values[section] = {**values.get(section, {}), **of}
-        values |= {"output_dir": str(self.folder), "seed": self.seed}
+        values |= {"seed": self.seed}
         for key, value in self.setting:
             section, _, name = key.rpartition(".")
             values[section] = {**values.get(section, {}), name: value} if section else value
         return as_recipe(values)
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
 
 
 class Cell:
@@ -211,6 +224,17 @@ class Cell:
     def _do(self, stage: str, build: Any, settings: Any, outputs: Sequence[str]) -> None:
         paths = ("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
         self.run.do(stage, build, settings=settings, inputs={path: path for path in paths}, outputs=outputs)
+
+    def kl(self) -> float:
+        """KL(pi_SFT || pi_0) in nats an answer, estimated from pi_SFT's answers to the test prompts."""
+        of = self.likelihoods()
+        return float((of["sft"] - of["init"])[~self.is_dev].mean())
+
+    def accuracy(self, stages: Sequence[str]) -> float | None:
+        """On how many unseen pairs the trained rewards among the stages put the better answer first, their mean; None where there is none."""
+        names = [stage.removeprefix("reward-") for stage in stages if self.run.path(f"rewards/{stage.removeprefix('reward-')}").is_dir()]
+        told = [read_json(self.run.path("rewards", name, "reward.json"))["dev"] for name in names]
+        return float(np.mean([of["accuracy"] for of in told])) if told and all(told) else None
 
     def seconds(self, stages: Sequence[str]) -> float:
         """What the named stages took, on one thread of this machine."""

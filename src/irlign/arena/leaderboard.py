@@ -30,7 +30,8 @@ ALPHA, ALL, ORACLE = 0.05, "All {} settings", 16
 
 @dataclass(frozen=True)
 class Measured:
-    """One method in one cell: golden values of the test prompts at the n it chose, and along its curve (shape [P, n])."""
+    """One method in one cell: golden values of the test prompts at the n it chose, and along its curve (shape [P, n]); `correlation` is the
+    rank correlation of its scores with the true reward within a prompt, `accuracy` that of its trained reward on unseen pairs."""
 
     what: str
     n: int
@@ -39,18 +40,21 @@ class Measured:
     tokens: float
     seconds: float
     memory: float
+    correlation: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
 class CellResult:
     """Every method of one cell, the demonstrations, and `oracle_P`, the best of ORACLE answers of pi_SFT by the true reward itself;
-    `n` are the points of the curves."""
+    `kl` is KL(pi_SFT || pi_0) in nats an answer, `n` are the points of the curves."""
 
     setting: str
     seed: int
     n: tuple[int, ...]
     demonstrations_P: np.ndarray
     oracle_P: np.ndarray
+    kl: float
     methods: dict[str, Measured]
 
 
@@ -84,7 +88,7 @@ def measure(place: Place, rows: Sequence[str]) -> CellResult:
         methods = {name: _measured(cell, pick, n, **values[pick.pool]) for name, pick in picks.items()}
         oracle = Pick("sft", "oracle", score_golden(golden, *cell.texts, "golden"), min(ORACLE, n[-1]))
         best = _measured(cell, oracle, n, **values["sft"]).chosen_P
-        return CellResult(place.name, place.seed, tuple(n), np.array(shown), best, methods)
+        return CellResult(place.name, place.seed, tuple(n), np.array(shown), best, cell.kl(), methods)
 
 
 def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samples: Sequence[Any]) -> Measured:
@@ -152,6 +156,10 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
             np.concatenate([v for v, c in zip(values, cells, strict=True) if c.seed == seed]) for seed in sorted({c.seed for c in cells})
         ]
 
+    def mean_of(values: Sequence[float | None]) -> dict[str, Any] | None:
+        known = [np.array([value]) for value in values if value is not None]
+        return statistics.nested_estimate(by_seed(known), resamples=2000).to_json() if len(known) == len(cells) else None
+
     gap, of_oracle = (
         statistics.nested_ratio(by_seed(gains), by_seed([top - base for top, base in zip(tops, sft, strict=True)]))
         for tops in ([c.demonstrations_P for c in cells], [c.oracle_P for c in cells])
@@ -179,6 +187,8 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "tokens": float(np.mean([m.tokens for m in own])),
         "seconds": float(np.mean([m.seconds for m in own])),
         "memory": float(max(m.memory for m in own)),
+        "correlation": mean_of([m.correlation for m in own]),
+        "accuracy": mean_of([m.accuracy for m in own]),
     }
 
 
@@ -198,6 +208,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
             setting: {
                 "sft": statistics.nested_estimate([c.methods["SFT"].chosen_P for c in of], resamples=2000).to_json(),
                 "demonstrations": statistics.nested_estimate([c.demonstrations_P for c in of], resamples=2000).to_json(),
+                "kl": statistics.nested_estimate([[c.kl] for c in of], resamples=2000).to_json(),
             }
             for setting, of in groups.items()
         },

@@ -14,7 +14,7 @@ from irlign.config import parse_seeds
 from irlign.errors import ConfigError
 from irlign.progress import say
 
-CONTRASTS = f"{CHOSEN},init-sft,init-demo,sft-demo,likelihood,log-ratio,control: length"
+CONTRASTS = f"{CHOSEN},init-sft,init-sft+likelihood,init-demo,sft-demo,likelihood,log-ratio,control: length"
 QUICK_SEEDS = "100..101"
 
 
@@ -39,7 +39,7 @@ STUDIES: Mapping[str, Study] = {
     "reference": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
         "0..9",
-        None,
+        "SFT on all tokens,irlign run,init-sft,init-sft+likelihood,init-demo*,sft-demo,three*,features logistic,likelihood,log-ratio*,control*",
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
     ),
     "heterogeneity": Study(

@@ -5,8 +5,8 @@ prompts and from demonstrations of other prompts: a ridge-regularised logistic h
 demonstrations of other prompts are written as well and in the same style, so that neither length nor style tells the sides
 apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
 prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
-does (docs/measured.md); the largest n is taken that is shown to be better than n = 1 and that no smaller n is shown to beat,
-and n = 1, plain SFT, where no n is shown to be better.
+does (docs/measured.md); of the n that are shown to be better than n = 1 the one with the highest judged gain is taken, and
+n = 1, plain SFT, where none is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -109,17 +109,14 @@ def choose(n: Sequence[int], gains: Mapping[str, np.ndarray]) -> tuple[str, int]
 
 
 def choose_n(n: Sequence[int], gains_P_n: np.ndarray, looks: int | None = None) -> int:
-    """The largest n whose mean gain is shown to be above 0 and that no smaller n is shown to beat; n = 1 where there is none.
+    """The n with the highest mean gain among those whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by
+    default all n but the first); n = 1 where there is none.
 
-    A gain is shown at 5 % for all `looks` together (Bonferroni; by default all n but the first). A smaller n beats a larger one where the
-    one-sided 95 % lower bound of their paired difference is above 0. The best lower bound alone stops too soon: the noise of the
-    judged gain grows with n, so that a curve that still rises loses its bound (docs/measured.md).
+    The best lower bound would stop too soon: the noise of the judged gain grows with n, so that a curve that still rises loses its
+    bound; the largest n that no other is shown to beat would stop too late where the reward is over-optimised (docs/studies/stopping.md).
     """
     shown_n = lower_bounds(gains_P_n, ALPHA / max(1, looks or len(n) - 1)) > 0
-    for k in reversed(range(1, len(n))):
-        if shown_n[k] and (lower_bounds(gains_P_n[:, :k] - gains_P_n[:, k : k + 1]) <= 0).all():
-            return n[k]
-    return 1
+    return n[int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())]
 
 
 def lower_bounds(values_P_n: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
@@ -173,7 +170,7 @@ def choice_of(
         for name, of in gains.items()
     }
     why = (
-        "the largest that is shown to be better than SFT and that no smaller one is shown to beat"
+        "the highest judged gain among those that are shown to be better than SFT"
         if chosen > 1
         else "no larger n is shown to be better, at 5% for all that was looked at, so SFT is kept"
     )
