@@ -34,7 +34,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "preflight": SPINE | {"training", "policy", "sampling", "evaluate", "recipe"},
     "pipeline": SPINE
     | {"preflight", "data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
-    "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "plots", "pipeline"},
+    "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
     "cli": SPINE | {"recipe", "pipeline", "arena"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},

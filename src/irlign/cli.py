@@ -81,8 +81,9 @@ _stage("eval", "Measure on the test prompts: evaluation/results.json.")
 _stage("report", "Write report.html.")
 
 
-@app.command()
+@app.command(context_settings=PASS_ON)
 def arena(
+    context: typer.Context,
     study: Annotated[str, typer.Argument(help="reference (the leaderboard), or a study by its name")] = "reference",
     output_dir: Annotated[str, typer.Option("--output-dir", "-o", help="where the cells and the table go")] = "runs/arena",
     seeds: Annotated[str | None, typer.Option(help="0..9, or 0,3,5; by default the study's own")] = None,
@@ -90,11 +91,16 @@ def arena(
     only: Annotated[str | None, typer.Option(help="settings by name, such as 'arithmetic*'")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="small cells and two seeds: does everything run?")] = False,
     jobs: Annotated[int | None, typer.Option(help="cells side by side, one thread each; by default one a core")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="a recipe with a golden reward: the methods on one's own data, key=value over it")
+    ] = None,
 ) -> None:
     """Every method on every world, dial setting and seed, against the true reward: one table, one page."""
     from irlign.arena.studies import run_study
 
-    for line in run_study(study, Path(output_dir), seeds, rows, only, quick, jobs):
+    of = {"seeds": seeds, "rows": rows, "only": only, "quick": quick, "jobs": jobs, "config": config}
+    words = [*([study] if "=" in study else []), *_overrides(context)]
+    for line in run_study("reference" if "=" in study else study, Path(output_dir), **of, overrides=words):  # type: ignore[arg-type]
         typer.echo(line)
 
 

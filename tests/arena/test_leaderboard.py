@@ -74,9 +74,9 @@ def test_every_study_names_cells_and_methods_that_exist(tmp_path):
         for setting in study.settings:
             Place(str(tmp_path), tuple(setting.items()), 0).recipe()
     with pytest.raises(ConfigError, match="no study is called 'all'"):
-        run_study("all", tmp_path, None, None, None, True, 1)
+        run_study("all", tmp_path, quick=True, jobs=1)
     with pytest.raises(ConfigError, match="known: dialogue, heterogeneity 0"):
-        run_study("reference", tmp_path, None, None, "moon*", True, 1)
+        run_study("reference", tmp_path, only="moon*", quick=True, jobs=1)
 
 
 def test_a_cell_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -119,6 +119,21 @@ def test_settings_that_are_the_base_share_a_cell(tmp_path):
     assert place.name == "dialogue, demonstrations 400" and place.folder == tmp_path / "dialogue/seed-0"
     few = Place(str(tmp_path), (("world.name", "dialogue"), ("world.demonstrations", 25)), 0)
     assert few.folder == tmp_path / "dialogue-demonstrations_25/seed-0" and few.recipe().output_dir == str(few.folder)
+
+
+def test_ones_own_recipe_is_a_cell(tmp_path, monkeypatch):
+    """Its keys and overrides reach the cell; without a golden reward there is nothing to compare by."""
+    own = tmp_path / "own.yaml"
+    own.write_text("model_name_or_path: m/small\ndataset_name: d/answers.jsonl\nsft:\n  num_train_epochs: 2\n")
+    place = Place(str(tmp_path), (("sft.learning_rate", "1e-3"),), 3, config=str(own))
+    recipe = place.recipe()
+    assert (recipe.sft.learning_rate, recipe.sft.num_train_epochs, recipe.seed) == (1e-3, 2, 3)
+    assert recipe.output_dir == str(place.folder) and place.folder == tmp_path / "small-answers/seed-3"
+    monkeypatch.setattr("irlign.arena.studies.preflight", lambda recipe: None)
+    with pytest.raises(ConfigError, match="the recipe has none"):
+        run_study("reference", tmp_path, config=str(own))
+    with pytest.raises(ConfigError, match="give --config"):
+        run_study("reference", tmp_path, overrides=["sft.learning_rate=1"])
 
 
 def test_the_table_and_the_page(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A cell of the arena: one world, one setting of its dials and one seed, as a run directory up to its pools.
+"""A cell of the arena: one world (or one's own recipe), one setting of its dials and one seed, as a run directory up to its pools.
 
 Rewards are trained when a method first asks for them and stored, so a cell that was interrupted, or is asked for further
 methods, goes on. The golden reward is out of reach here, but for `preferences`, the labelled reference.
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from irlign import pipeline
+from irlign.errors import ConfigError
+from irlign.evaluate.golden import Golden, load_golden
 from irlign.files import read_json, read_table, write_table
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.label_free import JUDGE, judge_pool
@@ -40,22 +42,28 @@ Setting = Mapping[str, Any]  # dotted recipe keys and their values, such as {"wo
 
 @dataclass(frozen=True)
 class Place:
-    """Which cell: a setting (its `world.name` among the keys) and a seed, below a root folder."""
+    """Which cell: a setting (its `world.name` among the keys, or over the recipe in the file `config`) and a seed, below a root folder."""
 
     root: str
     setting: tuple[tuple[str, Any], ...]
     seed: int
     quick: bool = False
+    config: str | None = None
 
     @property
     def name(self) -> str:
-        """The setting in words, `dialogue, heterogeneity 0`."""
+        """The setting in words, `dialogue, heterogeneity 0`; of one's own recipe the model and the data."""
+        if self.config:
+            recipe = self._settings()
+            return ", ".join(Path(name).stem for name in (recipe.model_name_or_path, recipe.dataset_name) if name) or str(recipe.world)
         words = [f"{key.removeprefix('world.').replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]
         return ", ".join([str(dict(self.setting)["world.name"]), *words])
 
     @property
     def folder(self) -> Path:
         """Named by what differs from the base recipe, so that studies whose settings meet share a cell."""
+        if self.config:
+            return Path(self.root) / self.name.replace(", ", "-") / f"seed-{self.seed}"
         base = Place(self.root, (("world.name", dict(self.setting)["world.name"]),), self.seed, self.quick)
         own, its = self._settings().model_dump(), base._settings().model_dump()
         changed = tuple((key, value) for key, value in self.setting if key == "world.name" or _at(own, key) != _at(its, key))
@@ -66,6 +74,8 @@ class Place:
         return self._settings().model_copy(update={"output_dir": str(self.folder)})
 
     def _settings(self) -> Recipe:
+        if self.config:
+            return as_recipe(self.config, [f"{key}={value}" for key, value in self.setting]).model_copy(update={"seed": self.seed})
         values: dict[str, Any] = {section: dict(of) for section, of in BASE.items()}
         for section, of in (QUICK if self.quick else {}).items():
             values[section] = {**values.get(section, {}), **of}
@@ -74,6 +84,15 @@ class Place:
             section, _, name = key.rpartition(".")
             values[section] = {**values.get(section, {}), name: value} if section else value
         return as_recipe(values)
+
+
+def golden_of(recipe: Recipe) -> Golden:
+    """The true reward of a cell. Raises ConfigError where a recipe has none."""
+    if recipe.evaluation.golden_reward:
+        return load_golden(recipe.evaluation.golden_reward)
+    if recipe.world is None:
+        raise ConfigError("the arena compares by a golden reward, and the recipe has none", where="evaluation.golden_reward")
+    return recipe.world.golden
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:
@@ -172,7 +191,7 @@ class Cell:
     def preferences(self, split: str, noise: float) -> list[Preference]:
         """The labelled reference: pairs of pi_SFT's and pi_0's answers to one prompt, ordered by the golden reward, a share `noise`
         of the labels flipped. As many pairs as a contrast of the two pools gives. Only the rewards named `preference` see it."""
-        assert self.recipe.world is not None
+        golden = golden_of(self.recipe)
         by_prompt: dict[str, tuple[Prompt, list[str]]] = {}
         for sample in [*self.samples("sft", (split,)), *self.samples("init", (split,))]:
             by_prompt.setdefault(sample.prompt.prompt_id, (sample.prompt, []))[1].append(scored_text(sample))
@@ -180,7 +199,7 @@ class Cell:
         for prompt, texts in by_prompt.values():
             rng = np.random.default_rng(request_seed(self.run.seed, "preferences", prompt.prompt_id, 0) % 2**63)
             order = rng.permutation(len(texts))
-            worth = self.recipe.world.golden([prompt.content] * len(texts), texts)
+            worth = golden([prompt.content] * len(texts), texts)
             for a, b in zip(order[::2], order[1::2], strict=False):
                 if worth[a] != worth[b]:
                     high, low = (a, b) if (worth[a] > worth[b]) != (rng.random() < noise) else (b, a)

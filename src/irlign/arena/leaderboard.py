@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from irlign import statistics
-from irlign.arena.cell import Cell, Place
+from irlign.arena.cell import Cell, Place, golden_of
+from irlign.arena.judges import STOPPING
 from irlign.arena.methods import CHOSEN, METHODS, Pick
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
@@ -26,6 +27,7 @@ from irlign.report import render, safe
 from irlign.runs import Run
 
 ALPHA, ALL, ORACLE = 0.05, "All {} settings", 16
+KNOWN = {**METHODS, **STOPPING}
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ def rows_named(patterns: str | None) -> list[str]:
         return list(METHODS)
     wanted = [pattern.strip() for pattern in patterns.split(",")]
     for pattern in wanted:
-        if not fnmatch.filter(METHODS, pattern):
-            raise ConfigError(f"no method is called {pattern!r}", where="--rows", do=f"known: {'; '.join(METHODS)}")
-    return [m for m in METHODS if m in ("initial policy", "SFT") or any(fnmatch.fnmatch(m, pattern) for pattern in wanted)]
+        if not fnmatch.filter(KNOWN, pattern):
+            raise ConfigError(f"no method is called {pattern!r}", where="--rows", do=f"known: {'; '.join(KNOWN)}")
+    return [m for m in KNOWN if m in ("initial policy", "SFT") or any(fnmatch.fnmatch(m, pattern) for pattern in wanted)]
 
 
 def measure(place: Place, rows: Sequence[str]) -> CellResult:
@@ -74,15 +76,15 @@ def measure(place: Place, rows: Sequence[str]) -> CellResult:
     recipe = place.recipe()
     with Run.open(recipe.output_dir, recipe) as run:
         cell = Cell(recipe, run)
-        picks = {name: METHODS[name](cell) for name in rows}
-        golden = recipe.world.golden  # type: ignore[union-attr]
+        picks = {name: KNOWN[name](cell) for name in rows}
+        golden = golden_of(recipe)
         values: dict[str, dict[str, Any]] = {}
         for pool in {pick.pool for pick in picks.values()}:
             samples = cell.samples(pool, ("test",))
             texts = [s.prompt.content for s in samples], [s.completion for s in samples]
             values[pool] = {"golden": score_golden(golden, *texts, "golden"), "samples": samples}
         test = cell.demonstrations("test")
-        shown = golden([d.prompt.content for d in test], [d.completion for d in test])
+        shown = score_golden(golden, [d.prompt.content for d in test], [d.completion for d in test], "golden")
         sizes = [s.prompt.prompt_id for s in values["sft"]["samples"]]
         n = statistics.powers_of_two(min(sizes.count(p) for p in set(sizes)))
         methods = {name: _measured(cell, pick, n, **values[pick.pool]) for name, pick in picks.items()}

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from irlign.arena.cell import Place, Setting
+from irlign.arena.cell import Place, Setting, golden_of
 from irlign.arena.leaderboard import leaderboard, rows_named
 from irlign.arena.methods import CHOSEN
 from irlign.config import parse_seeds
 from irlign.errors import ConfigError
+from irlign.preflight import preflight
 from irlign.progress import say
 
 CONTRASTS = f"{CHOSEN},init-sft,init-sft+likelihood,init-demo,sft-demo,likelihood,log-ratio,control: length"
@@ -41,6 +42,13 @@ STUDIES: Mapping[str, Study] = {
         "0..9",
         "SFT on all tokens,irlign run,init-sft,init-sft+likelihood,init-demo*,sft-demo,three*,features logistic,likelihood,log-ratio*,control*",
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
+    ),
+    "stopping": Study(
+        [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))]
+        + dial("dialogue", "world.demonstrations", (25, 100), **{"world.heterogeneity": 1.0}),
+        "100..104",
+        f"{CHOSEN},* | *",
+        "ways to choose n without labels, on development seeds",
     ),
     "heterogeneity": Study(
         dial("dialogue", "world.heterogeneity", (0.0, 0.25, 0.5, 0.75, 1.0)),
@@ -80,22 +88,41 @@ STUDIES: Mapping[str, Study] = {
 }
 
 
-def run_study(name: str, root: Path, seeds: str | None, rows: str | None, only: str | None, quick: bool, jobs: int | None) -> list[str]:
-    """Run a study into ROOT and return what to print; `only` is a pattern of setting names. Raises ConfigError on an unknown study,
-    method, setting or seed."""
-    if name not in STUDIES:
+def run_study(
+    name: str,
+    root: Path,
+    *,
+    seeds: str | None = None,
+    rows: str | None = None,
+    only: str | None = None,
+    quick: bool = False,
+    jobs: int | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Run a study into ROOT and return what to print; `only` is a pattern of setting names. With `config` the cells are that recipe with
+    `overrides`, one for each seed, and the study is called after the file. Raises ConfigError on an unknown study, method, setting or seed.
+    """
+    if config:
+        pairs = dict(text.split("=", 1) for text in overrides if "=" in text)
+        name, study = Path(config).stem, Study([pairs], "0..4", CONTRASTS, f"one's own data, by the recipe {config}")
+    elif overrides:
+        raise ConfigError(f"the cells of a study are its own, so {overrides[0]!r} has no place", where="arena", do="give --config RECIPE")
+    elif name not in STUDIES:
         raise ConfigError(f"no study is called {name!r}", where="arena", do=f"known: {', '.join(STUDIES)}")
-    study = STUDIES[name]
+    else:
+        study = STUDIES[name]
     methods, jobs = rows_named(rows or study.rows), jobs or os.cpu_count() or 1
-    cells = "quick" if quick else "cells"
+    cells = str(root / ("quick" if quick else "cells"))
     numbers = parse_seeds(seeds or (QUICK_SEEDS if quick else study.seeds))
-    places = [Place(str(root / cells), tuple(setting.items()), seed, quick) for setting in study.settings for seed in numbers]
+    places = [Place(cells, tuple(setting.items()), seed, quick, config) for setting in study.settings for seed in numbers]
     known = list(dict.fromkeys(place.name for place in places))
     places = [place for place in places if fnmatch.fnmatch(place.name, only or "*")]
     if not places:
         raise ConfigError(f"no setting is called {only!r}", where="--only", do=f"known: {'; '.join(known)}")
     for place in places:
-        place.recipe()  # a mistake is found before any compute
+        preflight(recipe := place.recipe())  # a mistake is found before any compute
+        golden_of(recipe)
     say(f"arena: {name}, {study.about}: {len(places)} cells x {len(methods)} methods, {jobs} at a time")
     found = leaderboard(places, methods, jobs, root, f"{name}-quick" if quick else name)
     return [*found["headline"], f"{root / found['title']}.html"]

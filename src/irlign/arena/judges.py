@@ -1,0 +1,148 @@
+"""Ways to choose n without labels, side by side: judges of other kinds and other rules, as methods of the arena.
+
+Each row is Best-of-n by one reward with n chosen in one way, so that the table's regret says how near that way comes to the best n.
+What `irlign run` uses is `judge` with the rule `highest` (optimise/label_free.py). The page is docs/studies/stopping.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from irlign.arena.cell import Cell
+from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
+from irlign.evaluate.overoptimisation import fit_gao
+from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.label_free import ALPHA, Answers, choose_n, exchanged, judge, judged_curve, lower_bounds
+from irlign.reward.contrasts import ended
+from irlign.reward.features import policy_features
+from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
+
+Judge = Callable[[Cell], np.ndarray]  # a value of each dev row of the pool, higher is better
+Rule = Callable[[Sequence[int], np.ndarray], int]  # n and the judged gains, shape [P, n], to one n
+
+
+@lru_cache(maxsize=2)
+def _sides(cell: Cell, policy: str) -> tuple[Answers, Answers, Answers, Answers]:
+    """The pool's dev answers, dev demonstrations, pi_0's answers and exchanged demonstrations, by frozen features of `policy`."""
+    pool = [s for s, own in zip(cell.pool, cell.is_dev, strict=True) if own]
+    shown = cell.demonstrations("dev")
+    groups = [
+        [(s.prompt, scored_text(s)) for s in pool],
+        [(d.prompt, ended(d.completion, True)) for d in shown],
+        [(s.prompt, scored_text(s)) for s in cell.samples("init", ("dev",))],
+        exchanged(shown),
+    ]
+    rows = [row for group in groups for row in group]
+    texts = [p.content for p, _ in rows], [text for _, text in rows]
+    features = policy_features(cell.run.path("policies", policy), *texts, chat_template=cell.recipe.data.chat_template, name="judges")
+    parts = np.split(features, np.cumsum([len(group) for group in groups])[:-1])
+    pooled, demonstrated, initial, other = (Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, parts, strict=True))
+    return pooled, demonstrated, initial, other
+
+
+def heldout(*worse: str, features: str = "init") -> Judge:
+    """Dev demonstrations against these worse sides, by a head on frozen features of a policy, cross-fitted over prompts."""
+
+    @lru_cache(maxsize=1)
+    def judged(cell: Cell) -> np.ndarray:
+        pool, shown, initial, other = _sides(cell, features)
+        sides = {"initial": initial, "exchanged": other, "sft": pool}
+        return judge(pool, shown, [sides[name] for name in worse])
+
+    return judged
+
+
+def by(scores: Scores) -> Judge:
+    """Another reward as the judge."""
+    return lambda cell: scores(cell)[cell.is_dev]
+
+
+def lower_bound(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+    """The best one-sided 95 % lower bound, where that gain is shown for all n together."""
+    best = int(lower_bounds(gains_P_n).argmax())
+    return n[best] if lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1))[best] > 0 else 1
+
+
+def not_beaten(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat."""
+    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    for k in reversed(range(1, len(n))):
+        if shown_n[k] and (lower_bounds(gains_P_n[:, :k] - gains_P_n[:, k : k + 1]) <= 0).all():
+            return n[k]
+    return 1
+
+
+def gao(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+    """The largest n not beyond the peak of Gao's law fitted to the judged curve; 1 unless that gain is shown."""
+    fit = fit_gao(gains_P_n, list(n), np.array([kl_bound(k) for k in n]), resamples=100)
+    at = [k for k in n if fit is not None and k <= fit.peak_n * (1 + 1e-9)][-1:] or [1]
+    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    return at[0] if shown_n[list(n).index(at[0])] else 1
+
+
+def chosen_by(judge_of: Judge, rule: Rule = choose_n) -> Callable[[Cell, np.ndarray], int]:
+    def n_of(cell: Cell, scores: np.ndarray) -> int:
+        dev = cell.is_dev
+        ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
+        return rule(*judged_curve(ids, scores[dev], judge_of(cell), cell.finished[dev]))
+
+    return n_of
+
+
+def two_sample(cell: Cell, scores: np.ndarray) -> int:
+    """The n whose picks on dev are nearest to the dev demonstrations by the energy distance of their frozen features."""
+    pool, shown, _, _ = _sides(cell, "init")
+    scale = shown.features.std(0) + 1e-6
+    x, y = pool.features / scale, shown.features / scale
+    to_shown, among = cdist(x, y).mean(1), cdist(x, x)
+    rows: dict[str, list[int]] = {}
+    for row, prompt_id in enumerate(pool.prompt_ids):
+        rows.setdefault(prompt_id, []).append(row)
+    n, own, done = powers_of_two(min(map(len, rows.values()))), scores[cell.is_dev], cell.finished[cell.is_dev]
+    distances = []
+    for k in n:
+        weight = np.zeros(len(x))
+        for of in rows.values():
+            weight[of] = best_of_n_weights(rank_keys(own[of], done[of]), k) / len(rows)
+        distances.append(2 * weight @ to_shown - weight @ among @ weight)
+    return n[int(np.argmin(distances))]
+
+
+JUDGE = heldout("initial", "exchanged")
+WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
+    "judge": chosen_by(JUDGE),
+    "judge by lower bound": chosen_by(JUDGE, lower_bound),
+    "judge by largest not beaten": chosen_by(JUDGE, not_beaten),
+    "judge by Gao's law": chosen_by(JUDGE, gao),
+    "judge without exchanged": chosen_by(heldout("initial")),
+    "judge without pi_0": chosen_by(heldout("exchanged")),
+    "judge with pi_SFT's samples": chosen_by(heldout("initial", "exchanged", "sft")),
+    "judge on pi_SFT's features": chosen_by(heldout("initial", "exchanged", features="sft")),
+    "the other contrasts": chosen_by(by(together(INIT_DEMO, SFT_DEMO))),
+    "another seed of its kind": chosen_by(by(learned("init-sft-1", member=1))),
+    "energy distance": two_sample,
+    "always the largest": lambda cell, scores: int(np.bincount(np.unique(cell.prompt_ids, return_inverse=True)[1]).min()),
+}
+SELECTORS: Mapping[str, Scores] = {
+    "init-sft+likelihood": held(INIT_SFT),
+    "likelihood": likelihood,
+    "init-sft": INIT_SFT,
+    "init-demo": INIT_DEMO,
+    "sft-demo": SFT_DEMO,
+    "three contrasts": together(INIT_SFT, INIT_DEMO, SFT_DEMO),
+}
+
+
+def _method(selector: Scores, way: Callable[[Cell, np.ndarray], int]) -> Method:
+    def method(cell: Cell) -> Pick:
+        scores = selector(cell)
+        return Pick("sft", "stopping", scores, way(cell, scores), ("sft", "sample"))
+
+    return method
+
+
+STOPPING: Mapping[str, Method] = {
+    f"{reward} | {way}": _method(selector, n_of) for way, n_of in WAYS.items() for reward, selector in SELECTORS.items()
+}
