@@ -56,7 +56,7 @@ def test_shares_are_ratios_of_sums_over_runs():
     assert row["worst_seed"] == pytest.approx(-0.1) and row["last"] == pytest.approx(2.0) and row["n"] == [2]
     assert (row["worse"], row["worse_holm"], row["runs"]) == (1, 1, 2)
     assert table([cell_of(0.5, 0)])[0]["regret"] is None  # SFT has no curve
-    assert cells_of(row)[-1] == "1 of 2 (Holm 1)" and cells_of(row)[3].startswith("10% [")
+    assert cells_of(row)[-3] == "1 of 2 (Holm 1)" and cells_of(row)[3].startswith("10% [")
 
 
 def test_rows_are_named_by_patterns():

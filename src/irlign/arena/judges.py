@@ -4,8 +4,9 @@ Each row is Best-of-n by one reward with n chosen in one way, so that the table'
 What `irlign run` uses is `judge` with the rule `highest` (optimise/label_free.py). The page is docs/studies/stopping.md.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -113,9 +114,9 @@ def two_sample(cell: Cell, scores: np.ndarray) -> int:
 JUDGE = heldout("initial", "exchanged")
 WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge": chosen_by(JUDGE),
-    "judge by lower bound": chosen_by(JUDGE, lower_bound),
-    "judge by largest not beaten": chosen_by(JUDGE, not_beaten),
-    "judge by Gao's law": chosen_by(JUDGE, gao),
+    "judge (lower bound)": chosen_by(JUDGE, lower_bound),
+    "judge (largest not beaten)": chosen_by(JUDGE, not_beaten),
+    "judge (Gao's law)": chosen_by(JUDGE, gao),
     "judge without exchanged": chosen_by(heldout("initial")),
     "judge without pi_0": chosen_by(heldout("exchanged")),
     "judge with pi_SFT's samples": chosen_by(heldout("initial", "exchanged", "sft")),
@@ -143,6 +144,25 @@ def _method(selector: Scores, way: Callable[[Cell, np.ndarray], int]) -> Method:
     return method
 
 
+BY = " by "  # between a reward and the way its n was chosen
 STOPPING: Mapping[str, Method] = {
-    f"{reward} | {way}": _method(selector, n_of) for way, n_of in WAYS.items() for reward, selector in SELECTORS.items()
+    f"{reward}{BY}{way}": _method(selector, n_of) for way, n_of in WAYS.items() for reward, selector in SELECTORS.items()
 }
+
+
+def stopping_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Rows of the leaderboard as a table of ways against rewards: the regret, and in how many runs the choice was worse than SFT."""
+    of = {tuple(row["method"].split(BY, 1)): row for row in rows if BY in row["method"]}
+    rewards = list(dict.fromkeys(reward for reward, _ in of))
+    yield f"| n chosen by | {' | '.join(rewards)} |"
+    yield "|" + "---|" * (len(rewards) + 1)
+    for way in dict.fromkeys(way for _, way in of):
+        yield f"| {way} | {' | '.join(_words(of.get((reward, way))) for reward in rewards)} |"
+
+
+def _words(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["regret"] is None:
+        return "–"
+    left, (low, high) = row["regret"]["mean"], row["regret"]["ci95"]
+    share = f"{left:.0%} [{low:.0%}, {high:.0%}]".replace("inf%", "∞")
+    return share + (f", worse {row['worse']}/{row['runs']}" if row["worse"] else "")

@@ -16,7 +16,7 @@ import numpy as np
 
 from irlign import statistics
 from irlign.arena.cell import Cell, Place, golden_of
-from irlign.arena.judges import STOPPING
+from irlign.arena.judges import BY, STOPPING, stopping_table
 from irlign.arena.methods import CHOSEN, METHODS, Pick
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
@@ -28,6 +28,7 @@ from irlign.runs import Run
 
 ALPHA, ALL, ORACLE = 0.05, "All {} settings", 16
 KNOWN = {**METHODS, **STOPPING}
+GREY = "#808080"  # for a figure that stands alone, read on light and dark pages
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
         },
     }
     write_json(root / f"{title}.json", found)
+    (root / f"{title}.svg").write_text(list(figures(found).values())[-1].replace("currentColor", GREY), encoding="utf-8")
     (root / f"{title}.md").write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
     render("arena.html", root / f"{title}.html", _page(found))
     return found
@@ -254,19 +256,28 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 HEADS = (
     *("method", "golden", "gain over SFT", "gap closed", "of the oracle's gain", "n chosen", "at the largest n", "at the best n", "regret"),
-    *("worst run", "worse than SFT"),
+    *("worst run", "worse than SFT", "accuracy", "correlation"),
 )
 
 
 def markdown(found: Mapping[str, Any]) -> Iterator[str]:
-    """The table over everything and one for each setting, for a page of the documentation."""
+    """What the policies are worth in each setting, the table over everything and one for each setting, for a page of the documentation."""
+    yield "| setting | SFT | demonstrations | KL(pi_SFT, pi_0), nats an answer |"
+    yield "|---|---|---|---|"
+    for setting, of in found["sources"].items():
+        yield f"| {setting} | {' | '.join(_interval(of[key], 1 if key == 'kl' else 2) for key in ('sft', 'demonstrations', 'kl'))} |"
+    yield ""
     for name, rows in _page(found)["tables"].items():
         yield f"### {name}, {rows[0]['runs']} runs\n"
-        yield f"| {' | '.join(HEADS)} |"
-        yield "|" + "---|" * len(HEADS)
-        for row in rows:
-            yield f"| {' | '.join(cells_of(row))} |"
+        yield from stopping_table(rows) if any(BY in row["method"] for row in rows) else _table(rows)
         yield ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield f"| {' | '.join(HEADS)} |"
+    yield "|" + "---|" * len(HEADS)
+    for row in rows:
+        yield f"| {' | '.join(cells_of(row))} |"
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:
@@ -284,7 +295,13 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
         _share(row["regret"]),
         f"{row['worst_seed']:+.2f}",
         f"{row['worse']} of {row['runs']}" + (f" (Holm {row['worse_holm']})" if row["worse"] else ""),
+        _interval(row["accuracy"]),
+        _interval(row["correlation"]),
     ]
+
+
+def _interval(e: Mapping[str, Any] | None, digits: int = 2) -> str:
+    return f"{e['mean']:.{digits}f} [{e['ci95'][0]:.{digits}f}, {e['ci95'][1]:.{digits}f}]" if e else "–"
 
 
 def _share(e: Mapping[str, Any] | None) -> str:

@@ -47,7 +47,7 @@ STUDIES: Mapping[str, Study] = {
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))]
         + dial("dialogue", "world.demonstrations", (25, 100), **{"world.heterogeneity": 1.0}),
         "100..104",
-        f"{CHOSEN},* | *",
+        f"{CHOSEN},* by *",
         "ways to choose n without labels, on development seeds",
     ),
     "heterogeneity": Study(
