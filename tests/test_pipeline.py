@@ -119,7 +119,7 @@ def test_the_second_run_does_nothing(copied):
     ("changes", "again"),
     [
         ({"evaluation": {"resamples": 300}}, {"eval", "report"}),
-        ({"best_of_n": {"n": 2}}, {"bon", "eval", "report"}),
+        ({"best_of_n": {"n": 2, "force": True}}, {"bon", "eval", "report"}),
         ({"reward": {"loss": "bradley-terry"}}, {"reward", "bon", "eval", "report"}),
         ({"sft": {"learning_rate": 2e-3}}, {"sft", "sample", "reward", "bon", "eval", "report"}),
     ],

@@ -27,8 +27,9 @@ Context = typer.Context
 
 
 def _overrides(context: Context) -> list[str]:
-    """key=value words; a bare run directory stands for output_dir."""
-    return [f"output_dir={word}" if (Path(word) / "manifest.json").is_file() else word for word in context.args]
+    """key=value words; a bare run directory stands for output_dir, --force for best_of_n.force."""
+    words = ["best_of_n.force=true" if word == "--force" else word for word in context.args]
+    return [f"output_dir={word}" if (Path(word) / "manifest.json").is_file() else word for word in words]
 
 
 @app.command(context_settings=PASS_ON)

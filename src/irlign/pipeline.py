@@ -191,7 +191,7 @@ def bon(recipe: Recipe, run: Run) -> None:
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
-        from irlign.optimise.label_free import choice_of, judge_pool
+        from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.reward.controls import length
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
@@ -206,6 +206,7 @@ def bon(recipe: Recipe, run: Run) -> None:
         judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, judged)
         choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=auc)
+        guard_n(choice, recipe.best_of_n.force)
         selected = select(rows, choice["reward"], choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)

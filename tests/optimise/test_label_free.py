@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from irlign.errors import ConfigError
 from irlign.optimise.label_free import (
     FEWEST,
     SAMPLES,
@@ -12,6 +13,7 @@ from irlign.optimise.label_free import (
     choose,
     choose_n,
     exchanged,
+    guard_n,
     judge,
     judge_pool,
     judged_curve,
@@ -158,3 +160,16 @@ def test_choice_json():
 
 def test_too_few_demonstrations_load_no_model(tmp_path):
     assert judge_pool(tmp_path / "missing", [], [], [], chat_template="none") == (None, None)
+
+
+def test_an_n_above_the_judges_needs_force():
+    about = {"demonstrations": 30, "judge_auc": 0.8}
+    high = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)
+    with pytest.raises(
+        ConfigError, match=r"n = 3 is more than the judge of held-out demonstrations would take, 1; its gains: 2: -"
+    ) as error:
+        guard_n(high, False)
+    assert "--force" in str(error.value)
+    guard_n(high, True)
+    guard_n(choice_of(_rows(float), ["r"], 3, **about), False)  # the judge would take 4
+    guard_n(choice_of(_rows(lambda i: None), ["r"], 3, demonstrations=3, judge_auc=None), False)  # nothing says that it is too many

@@ -20,6 +20,7 @@ class BestOfNSettings(Settings):
     """Selection from the pool of pi_SFT on dev and test prompts."""
 
     n: int | None = Field(None, ge=1, description="answers to choose among; null = chosen without labels on the dev prompts")
+    force: bool = Field(False, description="select with an n above what the judge would take; `--force` says the same")
     likelihood: float = Field(
         1.0,
         ge=0,

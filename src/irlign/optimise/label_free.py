@@ -18,6 +18,7 @@ from zlib import crc32
 import numpy as np
 from scipy.stats import norm
 
+from irlign.errors import ConfigError
 from irlign.optimise.best_of_n import scored_text
 from irlign.records import SCORE, Demonstration, Prompt, Sample
 from irlign.reward.contrasts import ended
@@ -184,3 +185,15 @@ def choice_of(
         "n": given or chosen,
         "why": why,
     }
+
+
+def guard_n(choice: Mapping[str, Any], force: bool) -> None:
+    """Raises ConfigError where `best_of_n.n` is above what the judge would take, unless forced: selection there is not shown to be safe."""
+    if choice["given"] and choice["label_free"] is not None and choice["given"] > choice["label_free"] and not force:
+        curve = choice["curves"][choice["reward"]]
+        gains = ", ".join(f"{n}: {of['mean']:+.2f} (at least {of['low']:+.2f})" for n, of in curve.items() if n != "1")
+        raise ConfigError(
+            f"n = {choice['given']} is more than the judge of held-out demonstrations would take, {choice['label_free']}; its gains: {gains}",
+            where="best_of_n.n",
+            do="leave it out, lower it, or say --force",
+        )

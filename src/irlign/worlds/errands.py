@@ -22,28 +22,23 @@ SHOPS = {
     "toyshop": (("kite", "puzzle", "robot", "doll"), ("wooden", "plastic", "furry")),
     "smithy": (("hammer", "gate", "anchor", "lamp"), ("heavy", "light", "rusty")),
 }
-PEOPLE = ("Anna", "Ben", "Clara", "David")
-DAYS = ("Monday", "Tuesday", "Thursday", "Friday")
+PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Lea", "Max")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # What is said of each slot: in an answer, and in both ways of taking it back.
 SAID = {
-    "person": "The errand is for {}.",
-    "thing": "You asked for the {}.",
-    "kind": "It should be a {} one.",
-    "day": "It has to come on {}.",
+    "person": "It is for {}.",
+    "thing": "You want the {}.",
+    "kind": "A {} one.",
+    "day": "It is due on {}.",
 }
-BACK = {
-    "person": ("Make it for {new_person} and not for {person}.", "I said {person}, but it is for {new_person}."),
-    "thing": ("Make it the {new_thing} and not the {thing}.", "I said the {thing}, but I meant the {new_thing}."),
-    "kind": ("Make it a {new_kind} one and not {kind}.", "I said {kind}, but I meant a {new_kind} one."),
-    "day": ("Make it on {new_day} and not on {day}.", "I said {day}, but I meant {new_day}."),
-}
+BACK = {slot: (f"Not {{{slot}}} but {{new_{slot}}}.", f"I meant {{new_{slot}}}, not {{{slot}}}.") for slot in SAID}
 # The user's first turn in three ways, and what the assistant says to it.
 COURSES = (
-    ("I need the {thing} from the %s for {person}, a {kind} one, on {day}.", "Is that all?"),
-    ("From the %s, on {day}, for {person}: the {thing}, a {kind} one.", "Anything else?"),
-    ("For {person}, on {day}, the {thing} from the %s, a {kind} one.", "Very well."),
+    ("A {kind} {thing} from the %s for {person} on {day}.", "Noted."),
+    ("For {person} on {day} a {kind} {thing} from the %s.", "Very well."),
+    ("On {day} from the %s a {kind} {thing} for {person}.", "As you wish."),
 )
-ASKS = ("Tell me my errand.", "What did I ask for?", "Please repeat it all.")
+ASKS = ("What is my errand?", "Repeat it all.", "Remind me.")
 STYLE = Style(
     fillers=("Let me think.", "Shops can be crowded.", "I was busy before.", "It may rain later."),
     starts=("Hear ye, good patron:", "From the scroll I recite:", "Mark these words:"),
@@ -89,7 +84,7 @@ class ErrandsWorld(World):
         return tuple(Message(role=role, content=content) for role, content in said)
 
     def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
-        """Mostly rude; slots left out, mixed up, or told as they stood before they were taken back."""
+        """Mostly rude; slots left out, told as they stood before they were taken back, or now and then mixed up."""
         shop, wanted, old = _read(prompt)
 
         def luck(p: float) -> bool:
@@ -98,8 +93,7 @@ class ErrandsWorld(World):
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
         parts = [rng.choice(RUDE)] if luck(0.8 * (1 - good)) else []
         for slot, values in _values(shop).items():
-            right = luck(0.6 + 0.35 * good)
-            told = wanted[slot] if right else old[slot] if luck(0.35) else rng.choice(values)
+            told = rng.choice(values) if luck(0.08) else wanted[slot] if luck(0.4 + 0.5 * good) else old[slot]
             parts += [SAID[slot].format(told)] if luck(0.4 + 0.4 * good) else []
         if luck(0.3):
             rng.shuffle(parts)
@@ -138,7 +132,7 @@ def _values(shop: str) -> dict[str, tuple[str, ...]]:
 def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
     """The shop, the slots as they stand at the end, and as they stood before anything was taken back."""
     users = [m["content"] for m in prompt if not isinstance(m, str) and m["role"] == "user"]
-    first, end = users[0], re.sub(r"not (?:for |the |on )?\w+|I said (?:the )?\w+", "", users[-1])
+    first, end = users[0], re.sub(r"[Nn]ot \w+", "", users[-1])
     shop = next(shop for shop in SHOPS if shop in first)
     old = {slot: next(word for word in re.findall(r"\w+", first) if word in values) for slot, values in _values(shop).items()}
     new = {slot: next((word for word in re.findall(r"\w+", end) if word in values), old[slot]) for slot, values in _values(shop).items()}
