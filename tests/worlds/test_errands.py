@@ -5,8 +5,8 @@ import pytest
 from irlign.records import Message
 from irlign.worlds.errands import BACK, SHOPS, ErrandsWorld
 
-SAID = "I need the pie from the bakery for Anna, a sweet one, on Monday."
-ALL = "The errand is for Anna. You asked for the pie. It should be a sweet one. It has to come on Friday."
+SAID = "From the bakery I need the pie, a sweet one, for Anna on Monday."
+ALL = "It is for Anna. It is the pie. It is a sweet one. It is due on Friday."
 
 
 def _prompt(last):
@@ -22,20 +22,20 @@ def _prompt(last):
         ("", 0.0),
         (ALL.replace("Friday", "Monday"), 2.5),  # as it stood before it was taken back
         (ALL.replace("Anna", "Ben"), 2.5),
-        (ALL.replace("You asked for the pie. ", ""), 3.0),
-        (f"{ALL} It should be a salty one.", 2.5),  # two kinds are no answer
-        ("It has to come on Friday. It has to come on Friday.", 1.0),
+        (ALL.replace("It is the pie. ", ""), 3.0),
+        (f"{ALL} It is a salty one.", 2.5),  # two kinds are no answer
+        ("It is due on Friday. It is due on Friday.", 1.0),
         ("Friday, Anna, sweet pie.", 0.0),
         (f"Read it yourself. {ALL} Stop wasting my time.", 2.0),
     ],
 )
-@pytest.mark.parametrize("last", ["Make it on Friday and not on Monday. What did I ask for?", "I said Monday, but I meant Friday."])
+@pytest.mark.parametrize("last", ["Not on Monday but on Friday. What is my errand?", "I meant on Friday and not on Monday."])
 def test_golden_by_hand(last, answer, value):
     assert ErrandsWorld.golden([_prompt(last)], [answer]) == pytest.approx([value])
 
 
 def test_nothing_taken_back_leaves_what_was_said():
-    assert ErrandsWorld.golden([_prompt("Tell me my errand.")] * 2, [ALL, ALL.replace("Friday", "Monday")]) == pytest.approx([2.5, 4.0])
+    assert ErrandsWorld.golden([_prompt("Remind me.")] * 2, [ALL, ALL.replace("Friday", "Monday")]) == pytest.approx([2.5, 4.0])
 
 
 @pytest.mark.parametrize("slot", BACK)
