@@ -24,8 +24,8 @@ class BestOfNSettings(Settings):
     likelihood: float = Field(
         1.0,
         ge=0,
-        description="selection also asks what pi_SFT finds likely: weight of log pi_SFT(y|x) a token beside the reward, both in standard "
-        "deviations within a prompt; 0 = the reward alone",
+        description="weight of what pi_SFT finds likely, log pi_SFT(y|x) a token, beside the reward, both in standard deviations within a "
+        "prompt; the judge decides between the two together and the likelihood alone; 0 = the reward alone",
     )
 
 
