@@ -17,6 +17,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "config": BASE,
     "files": BASE,
     "machine": set(),
+    "costs": set(),
     "progress": set(),
     "endpoint": BASE | {"config"},
     "runs": SPINE,
@@ -33,10 +34,12 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "report": SPINE | {"plots"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
     "preflight": SPINE | {"training", "policy", "sampling", "evaluate", "recipe"},
+    "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
+    "plan": SPINE | {"costs", "sizes", "training", "optimise", "recipe"},
     "pipeline": SPINE
     | {"preflight", "data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "__init__"},
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "plots", "pipeline"},
-    "cli": SPINE | {"recipe", "pipeline", "arena"},
+    "cli": SPINE | {"recipe", "plan", "pipeline", "arena"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }

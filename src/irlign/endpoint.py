@@ -172,7 +172,7 @@ class Endpoint:
                     if error.status_code == 404:
                         said += await self._served(client, str(sent.get("model")))
                 if (final := self._final(error, said, place, attempt)) is not None:
-                    raise final from error
+                    raise final from None  # what the endpoint said may hold the key; `said` does not
                 await asyncio.sleep(self._patience(error, attempt))
             attempt += 1
 
