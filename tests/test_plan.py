@@ -21,7 +21,7 @@ from irlign.sizes import Sizes, file_sizes, shape_of, world_sizes
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(1000, looked_up=0, head=200, layers=1, hidden=10, attention=10, kept=10, vocabulary=20)
-SIZES = Sizes({"train": 10, "dev": 4, "test": 6}, {"train": 20, "dev": 30, "test": 6}, prompt=5, answer=15, longest=40)
+SIZES = Sizes({"train": 10, "dev": 20, "test": 6}, {"train": 20, "dev": 30, "test": 6}, prompt=5, answer=15, longest=40)
 GIVEN = [
     "model_name_or_path=m",
     "dataset_name=d.jsonl",
@@ -46,16 +46,22 @@ def test_every_stage_by_hand():
     assert sft.trained == 2 * 20 * 20 and sft.read == 2 * 30 * 20
     assert sft.flops == SHAPE.trained(40, 20) + SHAPE.read(60, 20)
     assert sft.seconds == pytest.approx(SHAPE.trained(40, 20) / (4e6 * costs.TRAINING) + SHAPE.read(60, 20) / (1e6 * costs.SCORING))
-    # pi_0: 10 x 3 + 10 x 2; pi_SFT: 10 x 3 + 10 x 8; 15 tokens each
-    assert sample.generated == (50 + 110) * 15 and sample.flops == SHAPE.drawn(20, 50, 5, 15) + SHAPE.drawn(20, 110, 5, 15)
+    # pi_0: 10 x 3 + 26 x 2; pi_SFT: 10 x 3 + 26 x 8; 15 tokens each
+    assert sample.generated == (82 + 238) * 15 and sample.flops == SHAPE.drawn(36, 82, 5, 15) + SHAPE.drawn(36, 238, 5, 15)
     assert sample.seconds == pytest.approx(sample.flops / (4e6 * costs.SAMPLING))
     # 3 pairs a train prompt; on dev 8, since pi_0's 2 are repeated
-    assert reward.trained == 2 * 30 * 20 and reward.read == 2 * 32 * 20
-    assert reward.flops == SHAPE.trained(60, 20, head=False) + SHAPE.read(64, 20, head=False)
-    # 80 candidates under the reward and two policies; the judge reads them, pi_0's 8, 30 demonstrations and 4 x 30 exchanged ones
-    assert bon.read == (3 * 80 + 80 + 8 + 150) * 20
-    assert bon.flops == SHAPE.read(80, 20, False) + 2 * SHAPE.read(80, 20) + SHAPE.read(238, 20, False)
+    assert reward.trained == 2 * 30 * 20 and reward.read == 2 * 160 * 20
+    assert reward.flops == SHAPE.trained(60, 20, head=False) + SHAPE.read(320, 20, head=False)
+    # 208 candidates under the reward and two policies; the judge reads them, pi_0's 40, 30 demonstrations and 4 x 30 exchanged ones
+    assert bon.read == (3 * 208 + 208 + 40 + 150) * 20
+    assert bon.flops == SHAPE.read(208, 20, False) + 2 * SHAPE.read(208, 20) + SHAPE.read(398, 20, False)
     assert evaluation.read == 2 * (12 + 6) * 20
+
+
+def test_too_few_held_out_demonstrations_make_no_judge():
+    few = replace(SIZES, rows={**SIZES.rows, "dev": 19})
+    found = stages(load_recipe(Recipe, None, GIVEN), few, SHAPE, SHAPE, Speed(1e6, 4e6))
+    assert found[4].read == 3 * 208 * 20
 
 
 @pytest.mark.parametrize(
@@ -65,9 +71,11 @@ def test_every_stage_by_hand():
         ("reward.ensemble=[init-sft, init-demo]", "reward", "trained", 2),  # 3 pairs and 3
         ("reward.contrast=sft-demo", "reward", "trained", 1),
         ("reward.kind=features", "reward", "trained", 0),
+        ("reward.members=3", "bon", "read", (5 * 208 + 398) / (3 * 208 + 398)),  # two networks more
+        ("reward.log_ratio=false", "bon", "read", (2 * 208 + 398) / (3 * 208 + 398)),
         ("sft.max_steps=2", "sft", "trained", 0.25),  # of 8
         ("sampling.max_new_tokens=5", "sample", "generated", 1 / 3),
-        ("sft.keep_checkpoints=[0.5]", "sample", "generated", (160 + 38) / 160),  # train and dev prompts only
+        ("sft.keep_checkpoints=[0.5]", "sample", "generated", (320 + 70) / 320),  # train and dev prompts only
         ("sft_model_name_or_path=other", "sft", "trained", 0),
     ],
 )
@@ -75,16 +83,17 @@ def test_what_the_settings_change(change, stage, key, times):
     assert getattr(_stages(change)[stage], key) == pytest.approx(times * getattr(_stages()[stage], key))
 
 
-def test_an_adapter_costs_two_thirds_and_little_memory():
+def test_an_adapter_trains_for_two_thirds_and_in_little_memory():
     large = replace(SHAPE, parameters=10**9)
     whole, adapter = (_stages(*change, shape=large)["reward"] for change in ([], ["reward.use_peft=true"]))
-    assert 0.6 < adapter.flops / whole.flops < 0.8 and adapter.memory < whole.memory / 2
+    assert whole.flops - adapter.flops == large.read(60, 20, head=False) == large.trained(60, 20, head=False) / 3
+    assert whole.memory - adapter.memory == 12 * 10**9
 
 
 def test_an_endpoint_takes_no_time_here_and_has_a_price():
     own = ["sampling.engine=openai", "sampling.openai.price_out=1000000"]
     sample = _stages(*own)["sample"]
-    assert (sample.flops, sample.seconds, sample.read) == (0, None, 160 * 5)  # a prompt is billed for every answer
+    assert (sample.flops, sample.seconds, sample.read) == (0, None, 320 * 5)  # a prompt is billed for every answer
     text = plan(None, [*own, "world=dialogue"], flops=1e12)
     answers = 2 * 396 * 4 + 180 * 4 + 180 * 16
     tokens = answers * world_sizes(load_recipe(Recipe, {"world": "dialogue"}))[0].answer

@@ -104,9 +104,9 @@ def _pairs(recipe: Recipe, sizes: Sizes, split: str) -> float:
 def _networks(recipe: Recipe) -> int:
     """How many networks of its own a learned reward scores with; heads on shared features are one."""
     r = recipe.reward
-    if r.kind != "classifier" or r.aggregate == "weight-average":
-        return len(r.ensemble) or 1 if r.kind == "heads" else 1
-    return len(r.ensemble) or r.members
+    if r.ensemble:
+        return 1 if r.kind == "features" else len(r.ensemble)
+    return r.members if r.kind == "classifier" and r.aggregate != "weight-average" else 1
 
 
 def _reward(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> Stage:
@@ -131,10 +131,10 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
     """The pool on dev and test under the learned reward and the likelihoods, and the judge's features."""
     s, p, dev = recipe.sampling, sizes.prompts, sizes.rows["dev"]
     length, pool = sizes.prompt + _answer(recipe, sizes), (p["dev"] + p["test"]) * s.num_generations
-    judged = pool + p["dev"] * s.initial_generations + (1 + EXCHANGED) * dev if dev >= FEWEST else 0
+    judged = pool + p["dev"] * s.initial_generations + (1 + EXCHANGED) * dev if min(dev, p["dev"]) >= FEWEST else 0
     likelihoods = 2 if recipe.reward.log_ratio else 1
-    passes = {backbone.read(pool, length, False): _networks(recipe), shape.read(pool, length): likelihoods}
-    flops = sum(cost * times for cost, times in passes.items()) + shape.read(judged, length, False)
+    flops = _networks(recipe) * backbone.read(pool, length, False) + likelihoods * shape.read(pool, length)
+    flops += shape.read(judged, length, False)
     read = (pool * (_networks(recipe) + likelihoods) + judged) * length
     memory = PROCESS + max(shape.scoring_memory(SCORING_TOKENS, True), backbone.scoring_memory(SCORING_TOKENS, False))
     disk = CANDIDATE_TOKEN * pool * _answer(recipe, sizes)

@@ -64,8 +64,12 @@ def file_sizes(recipe: Recipe) -> Sizes:
     own = recipe.data
     rows = load_demonstrations(str(recipe.dataset_name), own).demonstrations
     splits = split_by_prompt(rows, own, recipe.seed, test=recipe.eval_dataset_name is None)
-    for split, name in (("test", recipe.eval_dataset_name), ("train", recipe.prompt_dataset_name)):
-        splits[split] += load_demonstrations(name, own, answers=False).demonstrations if name else []
+    if recipe.eval_dataset_name:
+        test = load_demonstrations(recipe.eval_dataset_name, own, answers=False).demonstrations
+        chosen = set(list(dict.fromkeys(d.prompt.prompt_id for d in test))[: own.test_prompts])
+        splits["test"] = [d for d in test if d.prompt.prompt_id in chosen]
+    if recipe.prompt_dataset_name:
+        splits["train"] += load_demonstrations(recipe.prompt_dataset_name, own, answers=False).demonstrations
     form = Format(load_tokenizer(str(recipe.model_name_or_path)), own.chat_template)
     sample = _spread(rows)
     encoded = form.encode([d.prompt.content for d in sample], [d.completion for d in sample])
