@@ -251,7 +251,9 @@ def test_env_schema_and_help(capsys):
     schema = json.loads(_run(capsys, "schema")[1])
     assert {"model_name_or_path", "world", "sft", "reward"} <= set(schema["properties"])
     text = _run(capsys, "--help")[1]
-    assert all(verb in text for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "eval", "report", "env", "schema"))
+    assert all(
+        verb in text for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "eval", "report", "plan", "env", "schema")
+    )
 
 
 def test_model_output_is_escaped(capsys, recipe, tmp_path):

@@ -53,6 +53,26 @@ def validate(context: Context, config: Config = None) -> None:
         raise problem
 
 
+@app.command(context_settings=PASS_ON)
+def plan(
+    context: Context,
+    config: Config = None,
+    flops: Annotated[float | None, typer.Option(help="operations a second of this machine (3.5e14), instead of measuring them")] = None,
+    prompts: Annotated[int | None, typer.Option(help="plan for so many prompts, without the data file")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="mean tokens of a prompt, with --prompts")] = None,
+    answer_tokens: Annotated[float | None, typer.Option(help="mean tokens of an answer, with --prompts")] = None,
+) -> None:
+    """What a RECIPE will cost before any compute: tokens, FLOPs, time, memory, disk of every stage. Loads no weights."""
+    from irlign.plan import plan as plan_run
+
+    words = context.args
+    if config is None and words and "=" not in words[0] and Path(words[0]).suffix in (".yaml", ".yml"):
+        config, words = words[0], words[1:]
+    context.args = words
+    given: dict[str, Any] = {"flops": flops, "prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    typer.echo(plan_run(config, _overrides(context), **given))
+
+
 def _stage(name: str, text: str) -> None:
     """One verb for one stage."""
 

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,38 @@ def environment() -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found
+
+
+def has_cuda() -> bool:
+    """Whether there is an NVIDIA device that torch can use; torch is imported only where one may be."""
+    if not any(Path(place).exists() for place in ("/dev/nvidiactl", "/dev/dxg")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def matmul_flops(dtype: str = "float32", device: str = "cpu", seconds: float = 0.25) -> float:
+    """Operations a second of a plain square product, the best of those that fit in `seconds`.
+
+    float32 on a CPU needs no torch: NumPy's product stands for it.
+    """
+    size = 4096 if device == "cuda" else 1024
+    if device == "cpu" and dtype == "float32":
+        import numpy as np
+
+        matrix: Any = np.ones((size, size), np.float32)
+        finish = lambda: None  # noqa: E731
+    else:
+        import torch
+
+        matrix = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+        finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken: list[float] = []
+    started = time.perf_counter()
+    while len(taken) < 4 or time.perf_counter() - started < seconds:
+        before = time.perf_counter()
+        matrix @ matrix
+        finish()
+        taken.append(time.perf_counter() - before)
+    return 2 * size**3 / min(taken)

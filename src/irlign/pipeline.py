@@ -130,7 +130,7 @@ def sample(recipe: Recipe, run: Run) -> None:
     run.do(
         "sample",
         build,
-        settings={"sampling": settings, "chat_template": recipe.data.chat_template},
+        settings={"sampling": settings.identity, "chat_template": recipe.data.chat_template},
         inputs=_inside(*(f"policies/{name}" for name in ("init", "sft", *earlier)), *(f"data/{s}.parquet" for s in SPLITS)),
         outputs=[f"pools/{name}.parquet" for name in ("init", "sft", *earlier)],
     )

@@ -11,10 +11,10 @@ from irlign.training import TrainerSettings, training_arguments
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError for an unknown engine, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
+    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
     refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
-    check_engine(recipe.sampling.engine)
+    check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
     for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
         check_causal(checkpoint)
     if recipe.reward.backbone not in ("sft", "init"):

@@ -111,7 +111,8 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer that a policy drew: `tokens` drawn, `logprob` their sum under the policy itself (nats, temperature 1).
+    """One answer that a policy drew: `tokens` drawn, `logprob` their sum under the policy itself (nats, temperature 1), None where
+    an endpoint does not tell it.
 
     `finish_reason`: "eos" (the model ended), "stop" (a stop string, removed from the text), "length" (cut at the limit).
     """
@@ -121,7 +122,7 @@ class Sample:
     completion: str
     finish_reason: FinishReason
     tokens: int
-    logprob: float
+    logprob: float | None
 
     @property
     def finished(self) -> bool:

@@ -55,6 +55,7 @@ def write_report(root: Path, target: Path) -> None:
         "columns": {**COLUMNS, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})},
         "checks": _checks(heldout, info),
         "alarms": results["alarms"],
+        "outliers": results["heldout"].get("outlier_picks") is not None,
         "samples": _samples(rows, golden is not None, chosen),
         "samples_words": _samples_words(golden, len(rows)),
         "facts": _facts(run, info),

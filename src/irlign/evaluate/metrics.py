@@ -138,9 +138,10 @@ class Evaluation:
         return texts
 
     def _outliers(self) -> list[float]:
-        """For each prompt whether its pick lies two standard deviations below its pool in log-probability a token."""
+        """For each prompt whether its pick lies two standard deviations below its pool in log-probability a token; nothing where that
+        is not known."""
         if self.pool.likelihood is None:
-            return [0.0] * len(self.prompts)
+            return []
         pools, picks = self.pool.by_prompt(self.pool.likelihood), self._best()
         return [float(self.pool.likelihood[picks[p]] < pools[p].mean() - 2 * pools[p].std()) for p in self.prompts]
 

@@ -103,7 +103,7 @@ def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[
                 f"compare the picks with the control; keep reward.ending=match, and judge {what} by eye",
             )
     outliers, agreement, judged = (heldout[key] for key in ("outlier_picks", "judge_correlation", "judge"))
-    if outliers["ci95"][0] > OUTLIERS:
+    if outliers and outliers["ci95"][0] > OUTLIERS:
         seen = f"{outliers['mean']:.0%} of the picks lie two standard deviations below their pool in log-probability a token"
         yield "picks are outliers under SFT", seen, "lower best_of_n.n: the reward picks what SFT hardly ever says"
     if agreement and agreement["ci95"][1] < 0:

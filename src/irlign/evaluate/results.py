@@ -65,7 +65,7 @@ def measure(
             [s.completion for s in pool],
             [s.finished for s in pool],
             stored,
-            np.array([s.logprob / max(1, s.tokens) for s in pool]),
+            _likelihood(pool),
         ),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
@@ -93,6 +93,12 @@ def measure(
         "run": dict(summary),
     }
     return {"headline": headline(results), **results}, measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+
+
+def _likelihood(pool: Sequence[Sample]) -> np.ndarray | None:
+    """Each answer's log-probability a token; None where an endpoint has not told it of every answer."""
+    known = [s.logprob / max(1, s.tokens) for s in pool if s.logprob is not None]
+    return np.array(known) if len(known) == len(pool) else None
 
 
 def _controls(pool: Sequence[Sample], answers: Sequence[Demonstration]) -> dict[str, np.ndarray]:

@@ -1,5 +1,7 @@
 """Policies: a causal language model, its tokenizer and a name, from a folder, an adapter or a Hub id."""
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +83,30 @@ def check_causal(path: str) -> None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
         kind = ", ".join(config.architectures or [config.model_type])
         raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
+
+
+def count_parameters(path: str) -> int:
+    """The parameters of a checkpoint without reading a weight: from the headers of its safetensors files, else of a model built from
+    its configuration on the meta device. Raises ModelError."""
+    files = sorted(Path(path).glob("model*.safetensors")) if Path(path).is_dir() else []
+    if files and not Path(path, "adapter_config.json").is_file():
+        return sum(_header_numbers(file) for file in files)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    try:
+        with torch.device("meta"):
+            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+    except Exception as error:
+        raise ModelError(f"no model can be built from its configuration: {_first_line(error)}", where=path) from error
+
+
+def _header_numbers(file: Path) -> int:
+    """Numbers in a safetensors file: 8 bytes say how long the JSON is that says every tensor's shape."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def load_policy(path: str, name: str = "policy") -> Policy:

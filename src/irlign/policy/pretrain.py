@@ -106,17 +106,32 @@ def _train(
     return {**log, "parameters": sum(p.numel() for p in model.parameters()), "rows": len(rows)}
 
 
+def _word_split() -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(WORDS), "isolated")
+
+
+def word_count(text: str) -> int:
+    """How many tokens the words, marks and spaces of a text are."""
+    return len(_word_split().pre_tokenize_str(text))
+
+
+def word_tokens(texts: Iterable[str]) -> list[str]:
+    """The vocabulary of `word_tokenizer`, in the order of its ids."""
+    split = _word_split()
+    pieces = {piece.strip() for text in texts for piece, _ in split.pre_tokenize_str(text)} - {""}
+    return ["<pad>", "<eos>", "<unk>", " ", "\n", *sorted(pieces), *sorted(f" {p}" for p in pieces if p.isalnum())]
+
+
 def word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTokenizerBase":
     """A token for each word and number, with and without the space before it, for each mark of punctuation and the newline; no BOS."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    pieces = {piece.strip() for text in texts for piece, _ in split.pre_tokenize_str(text)} - {""}
-    special = ["<pad>", "<eos>", "<unk>"]
-    tokens = [*special, " ", "\n", *sorted(pieces), *sorted(f" {p}" for p in pieces if p.isalnum())]
+    tokens = word_tokens(texts)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
+    tokenizer.pre_tokenizer = _word_split()
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

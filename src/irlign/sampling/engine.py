@@ -5,17 +5,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from irlign.config import Settings
+from irlign.endpoint import EndpointSettings, Url, check_client
 from irlign.errors import ConfigError
 from irlign.records import Prompt, Sample
+
+ENGINES = ("transformers", "openai")
+NO_MATTER = ("max_concurrency", "timeout_s", "max_retries", "price_in", "price_out", "api_key_env")  # they change no answer
+
+
+class ServedSettings(Settings):
+    """A policy that is a name at a server; a plain name stands for `{model: name}`."""
+
+    model: str = Field(description="the model's name at the endpoint")
+    base_url: Url | None = Field(None, description="address of its own, where another server has it; null = sampling.openai.base_url")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_name(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class OpenAISettings(EndpointSettings):
+    """engine=openai: answers from any OpenAI-compatible endpoint, a vLLM server or a hosted model."""
+
+    policies: dict[str, ServedSettings] = Field(
+        default_factory=dict, description="which model at the endpoint each policy is: {init: NAME, sft: NAME}"
+    )
+    endpoint: Literal["chat", "completions"] = Field(
+        "chat", description="chat: the server's own chat template; completions: the prompt's tokens as this run's template makes them"
+    )
+    logprobs: bool = Field(
+        True,
+        description="ask for log-probabilities; kept at temperature 1 without top_p and top_k, where all endpoints mean the same by them",
+    )
+
+    def served(self, policy: str) -> ServedSettings:
+        """The model that stands for a policy of the run. Raises ConfigError where none does."""
+        if policy not in self.policies:
+            do = f"say so: {{{policy}: NAME, ...}}; a recipe in YAML is the place for it"
+            raise ConfigError(f"which model at the endpoint is {policy}?", where="sampling.openai.policies", do=do)
+        return self.policies[policy]
 
 
 class SamplingSettings(Settings):
     """How answers are drawn. Every field is passed explicitly, so a model's own generation_config never narrows it."""
 
-    engine: str = Field("transformers", description="what draws the samples: transformers (in process, CPU or GPU)")
+    engine: str = Field("transformers", description="what draws the samples: transformers (in process, CPU or GPU) or openai (an endpoint)")
     num_generations: int = Field(16, ge=1, description="N: samples of pi_SFT for each dev and test prompt (the Best-of-N pool)")
     train_generations: int = Field(4, ge=1, description="samples of each policy for each train prompt, for the reward")
     initial_generations: int = Field(4, ge=1, description="samples of pi_0 for each dev and test prompt, for evaluation")
@@ -28,6 +66,15 @@ class SamplingSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision; auto = bfloat16 where it is supported and faster")
     part_prompts: int = Field(64, ge=1, description="prompts in one stored part: the unit of resume")
     max_cut_share: float = Field(0.5, ge=0, le=1, description="guard: error when more of pi_SFT's answers are cut at the limit")
+    openai: OpenAISettings = Field(default_factory=OpenAISettings, description="engine=openai: where the models are")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that the samples depend on: a longer timeout or a known price draws nothing again."""
+        left_out: dict[str, Any] = (
+            {"openai": set(NO_MATTER), "dtype": True, "batch_size": True} if self.engine == "openai" else {"openai": True}
+        )
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 @dataclass(frozen=True)
@@ -42,30 +89,43 @@ class Engine(Protocol):
     """Draws samples for requests; the same request gives the same samples whatever else is asked for.
 
     `settled` is what the engine chose by looking at the machine: it is stored with every part and handed back on resume.
-    `halvings` counts how often memory ran out in the last draw, so that its batches are not the settled ones.
+    `halvings` counts how often memory ran out in the last draw, so that its batches are not the settled ones. `usage` is what
+    the last draw was billed for, `prompt_tokens`, `completion_tokens` and where prices are known `cost`; empty where nothing is.
     """
 
     name: str
     settled: dict[str, Any]
     halvings: int
+    usage: dict[str, float]
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """The samples of every request, in order, indices from 0."""
         ...
 
 
-def check_engine(name: str) -> None:
-    """Raises ConfigError on an unknown name."""
-    if name != "transformers":
-        raise ConfigError(f"no engine {name!r}", where="sampling.engine", do="use transformers")
+def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> None:
+    """Raises ConfigError on an unknown engine, and where the endpoint's client, its address or the model for a policy is missing."""
+    if settings.engine not in ENGINES:
+        raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do=f"use {' or '.join(ENGINES)}")
+    if settings.engine == "openai":
+        check_client()
+        for policy in policies:
+            settings.openai.address(settings.openai.served(policy).base_url, "sampling.openai")
 
 
-def load_engine(policy: Path, settings: SamplingSettings, chat_template: str, settled: Mapping[str, Any] | None = None) -> Engine:
-    """The engine named in the settings, holding the policy in a folder; `settled` as an earlier part recorded it.
+def load_engine(
+    policy: Path, settings: SamplingSettings, chat_template: str, settled: Mapping[str, Any] | None = None, drawn: Path | None = None
+) -> Engine:
+    """The engine named in the settings, for the policy in a folder (whose name is the policy's); `settled` as an earlier part
+    recorded it. An engine whose answers cost money keeps each in the file `drawn` until its part is stored.
 
     Raises ConfigError on an unknown name.
     """
-    check_engine(settings.engine)
+    check_engine(settings)
+    if settings.engine == "openai":
+        from irlign.sampling.openai_engine import served_policy
+
+        return served_policy(policy, settings, chat_template, settled, drawn)
     from irlign.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, settings, chat_template, settled)

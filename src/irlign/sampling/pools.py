@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from irlign.progress import Progress
 from irlign.records import Prompt, Sample
 from irlign.runs import request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
+
+DRAWN = ".drawn.jsonl"  # answers that were paid for and whose part is not stored yet
 
 
 def draw_pool(
@@ -38,17 +41,21 @@ def draw_pool(
         for number, part in enumerate(parts):
             path = folder / f"part-{number:05d}.parquet"
             if not path.exists():
-                engine = engine or load_engine(policy, settings, chat_template, _settled(folder))
+                engine = engine or load_engine(policy, settings, chat_template, _settled(folder), folder / DRAWN)
                 requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
                 seeds = [s for r in requests for s in r.seeds]
                 with memory_errors("one answer at a time", where=f"sample {name}", do="lower sampling.max_new_tokens, or free memory"):
                     drawn = engine.draw(requests)
                 about = {"settled": json.dumps(engine.settled), "halvings": engine.halvings}
+                about |= {"usage": json.dumps(engine.usage)} if engine.usage else {}
                 write_table(path, [{**_row(sample, s, settings), **about} for sample, s in zip(drawn, seeds, strict=True)])
+                (folder / DRAWN).unlink(missing_ok=True)
             bar.advance(sum(n for _, n in part))
+    (folder / DRAWN).unlink(missing_ok=True)  # of a process that was killed right after its last part
     del engine
     gc.collect()
-    return {**pool_statistics(read_pool(folder)), "settled": _settled(folder), "parts_halved": _halved(folder)}
+    billed = {"usage": usage} if (usage := _usage(folder)) else {}
+    return {**pool_statistics(read_pool(folder)), "settled": _settled(folder), "parts_halved": _halved(folder), **billed}
 
 
 def _settled(folder: Path) -> dict[str, Any] | None:
@@ -60,6 +67,14 @@ def _settled(folder: Path) -> dict[str, Any] | None:
 def _halved(folder: Path) -> list[str]:
     """The parts in which memory ran out: drawn again, their bytes may differ."""
     return [path.stem for path in sorted(folder.glob("part-*.parquet")) if read_table(path)[0]["halvings"]]
+
+
+def _usage(folder: Path) -> dict[str, float]:
+    """What all parts together were billed for; empty where nothing was."""
+    total: Counter[str] = Counter()
+    for path in sorted(folder.glob("part-*.parquet")):
+        total.update(json.loads(read_table(path)[0].get("usage", "{}")))
+    return dict(total)
 
 
 def _row(sample: Sample, seed: int, settings: SamplingSettings) -> dict[str, Any]:

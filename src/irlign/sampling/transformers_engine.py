@@ -44,7 +44,7 @@ class TransformersEngine:
             parameter.data = parameter.data.to(getattr(torch, self.settled["dtype"]))
         self.state = SharedState if serves(model, self.policy.pad_id) else CopiedState
         self.settled = {"batch_tokens": self._batch_tokens(), **self.settled}
-        self.halvings = 0
+        self.halvings, self.usage = 0, dict[str, float]()
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = ends if isinstance(ends, list) else [ends]
         self.eos_ids = sorted({self.policy.tokenizer.eos_token_id, *(e for e in ends if e is not None)})

@@ -1,0 +1,214 @@
+"""`irlign plan`: what a run will cost, before any compute: tokens, operations, seconds, memory and disk of every stage.
+
+Assumed: every policy answers as long as the demonstrations do, up to `sampling.max_new_tokens`. Left out: a golden reward
+that is a model, statistics and report (seconds), and that a world's pi_0 may come from the cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING, TRAINING, Shape, Speed, member_share, pairs, steps
+from irlign.errors import ConfigError
+from irlign.machine import has_cuda
+from irlign.optimise.label_free import EXCHANGED, FEWEST
+from irlign.progress import clock
+from irlign.recipe import Recipe, as_recipe, stored_recipe
+from irlign.sizes import Sizes, assumed_sizes, file_sizes, measured_speed, shape_of, world_sizes
+from irlign.training import TrainerSettings
+
+SCORING_TOKENS = 2048  # padded tokens of a batch that is scored on a CPU
+HEAD = ("stage", "generated", "trained", "read", "FLOPs", "time", "memory", "disk", "share")
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The cost of one stage: tokens generated, trained on and read besides; operations; seconds here (None: elsewhere); bytes."""
+
+    name: str
+    generated: float = 0.0
+    trained: float = 0.0
+    read: float = 0.0
+    flops: float = 0.0
+    seconds: float | None = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+
+
+def stages(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
+    """Every stage that computes, in order. `backbone` is what the reward starts from or reads."""
+    found = [_sample(recipe, sizes, shape, speed), _reward(recipe, sizes, backbone, speed), _bon(recipe, sizes, shape, backbone, speed)]
+    found.append(_eval(recipe, sizes, shape, backbone, speed))
+    stored = shape.parameters * shape.size
+    if recipe.sft_model_name_or_path:
+        sft = Stage("sft", memory=PROCESS, disk=stored)
+    else:
+        dev = 2 * sizes.rows["dev"] * (sizes.prompt + sizes.answer)
+        read = shape.read(2 * sizes.rows["dev"], sizes.prompt + sizes.answer)
+        sft = _trained("sft", recipe.sft, sizes.rows["train"], sizes.prompt + sizes.answer, sizes.longest, shape, speed, dev, read)
+        sft = replace(sft, disk=stored * (1 + len(recipe.sft.kept)))
+    if recipe.world is None:
+        return [Stage("init", memory=PROCESS, disk=stored), sft, *found]
+    lines, length = sizes.corpus
+    return [replace(_trained("pretrain", recipe.pretrain, lines, length, sizes.longest, shape, speed), disk=stored), sft, *found]
+
+
+def _trained(
+    name: str, settings: TrainerSettings, rows: float, length: float, longest: int, shape: Shape, speed: Speed,
+    read: float = 0.0, read_flops: float = 0.0, texts: int = 1, head: bool = True,
+) -> Stage:  # fmt: skip
+    """Training on rows of so many texts each; `read` tokens are scored besides."""
+    batch = settings.per_device_train_batch_size
+    whole = batch * settings.gradient_accumulation_steps
+    seen = steps(rows, whole, settings.num_train_epochs, settings.max_steps) * whole * texts
+    flops = shape.trained(seen, length, head, settings.use_peft)
+    seconds = flops / (speed.half * TRAINING) + read_flops / (speed.full * SCORING)
+    memory = PROCESS + shape.training_memory(batch * texts, longest, head, settings.use_peft)
+    return Stage(name, 0.0, seen * length, read, flops + read_flops, seconds, memory)
+
+
+def _answer(recipe: Recipe, sizes: Sizes) -> float:
+    return min(sizes.answer, recipe.sampling.max_new_tokens)
+
+
+def _sample(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed) -> Stage:
+    """Pools of pi_0, pi_SFT and earlier checkpoints, as pipeline.sample wants them."""
+    s, p, answer = recipe.sampling, sizes.prompts, _answer(recipe, sizes)
+    held_out, train = p["dev"] + p["test"], p["train"] * s.train_generations
+    pools = [(sum(p.values()), train + held_out * n) for n in (s.initial_generations, s.num_generations)]
+    pools += [(p["train"] + p["dev"], train + p["dev"] * s.initial_generations)] * len(recipe.sft.kept)
+    tokens = sum(answers for _, answers in pools) * answer
+    stored = POOL_TOKEN * tokens
+    if s.engine != "transformers":
+        billed = sum(answers for _, answers in pools) * sizes.prompt  # one request an answer
+        return Stage("sample", tokens, 0.0, billed, 0.0, None, PROCESS, stored)
+    flops = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
+    fast = speed.full if s.dtype == "float32" else speed.half
+    size = 4 if s.dtype == "float32" or speed.half == speed.full else 2
+    memory = PROCESS + shape.sampling_memory(s.batch_size, sizes.prompt + s.max_new_tokens, size)
+    return Stage("sample", tokens, 0.0, sum(n for n, _ in pools) * sizes.prompt, flops, flops / (fast * SAMPLING), memory, stored)
+
+
+def _pairs(recipe: Recipe, sizes: Sizes, split: str) -> float:
+    """Pairs of all contrasts together, as reward/contrasts.py makes them."""
+    s, worse = recipe.sampling, 1 + len(recipe.sft.kept)
+    init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
+    sides = {"init": init * worse, "sft": sft, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
+    of = {"init-sft": ("sft", "init"), "init-demo": ("demonstrations", "init"), "sft-demo": ("demonstrations", "sft")}
+    each = [pairs(*(sides[side] for side in of[name])) if name in of else 1.0 for name in recipe.reward.weights]  # preference: one
+    return sum(each) * sizes.prompts[split]
+
+
+def _networks(recipe: Recipe) -> int:
+    """How many networks of its own a learned reward scores with; heads on shared features are one."""
+    r = recipe.reward
+    if r.ensemble:
+        return 1 if r.kind == "features" else len(r.ensemble)
+    return r.members if r.kind == "classifier" and r.aggregate != "weight-average" else 1
+
+
+def _reward(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> Stage:
+    """The learned reward; the log-ratios need no training."""
+    r, length = recipe.reward, sizes.prompt + _answer(recipe, sizes)
+    train, dev = (_pairs(recipe, sizes, split) for split in ("train", "dev"))
+    if r.kind == "features":
+        texts = 2 * (train + dev)
+        flops = backbone.read(texts, length, head=False)
+        memory = PROCESS + backbone.scoring_memory(2 * SCORING_TOKENS, False)
+        stored = texts * 2 * backbone.hidden * 4  # the features, beside the heads
+        return Stage("reward", 0.0, 0.0, texts * length, flops, flops / (speed.full * SCORING), memory, stored)
+    several = r.members if r.kind == "classifier" else 1
+    texts = 2 * dev * several
+    read = backbone.read(texts, length, head=False)
+    share = train * member_share(several)
+    stage = _trained("reward", r, share, length, sizes.longest, backbone, speed, texts * length, read, 2, False)
+    return replace(stage, disk=_networks(recipe) * (backbone.parameters - backbone.head) * 4)
+
+
+def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:
+    """The pool on dev and test under the learned reward and the likelihoods, and the judge's features."""
+    s, p, dev = recipe.sampling, sizes.prompts, sizes.rows["dev"]
+    length, pool = sizes.prompt + _answer(recipe, sizes), (p["dev"] + p["test"]) * s.num_generations
+    judged = pool + p["dev"] * s.initial_generations + (1 + EXCHANGED) * dev if min(dev, p["dev"]) >= FEWEST else 0
+    likelihoods = 2 if recipe.reward.log_ratio else 1
+    flops = _networks(recipe) * backbone.read(pool, length, False) + likelihoods * shape.read(pool, length)
+    flops += shape.read(judged, length, False)
+    read = (pool * (_networks(recipe) + likelihoods) + judged) * length
+    memory = PROCESS + max(shape.scoring_memory(SCORING_TOKENS, True), backbone.scoring_memory(SCORING_TOKENS, False))
+    disk = CANDIDATE_TOKEN * pool * _answer(recipe, sizes)
+    return Stage("bon", 0.0, 0.0, read, flops, flops / (speed.full * SCORING), memory, disk)
+
+
+def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:
+    """pi_0's answers and the demonstrations on test under what selects; the pool's scores are stored."""
+    texts = sizes.prompts["test"] * recipe.sampling.initial_generations + sizes.rows["test"]
+    length, also = sizes.prompt + _answer(recipe, sizes), bool(recipe.best_of_n.likelihood)
+    flops = _networks(recipe) * backbone.read(texts, length, False) + also * shape.read(texts, length)
+    memory = PROCESS + shape.scoring_memory(SCORING_TOKENS, True)
+    return Stage("eval", 0.0, 0.0, (_networks(recipe) + also) * texts * length, flops, flops / (speed.full * SCORING), memory)
+
+
+def plan(
+    config: str | Path | Mapping[str, Any] | Recipe | None,
+    overrides: Sequence[str] = (),
+    *,
+    flops: float | None = None,
+    prompts: int | None = None,
+    prompt_tokens: float | None = None,
+    answer_tokens: float | None = None,
+) -> str:
+    """The table for a recipe. `flops` stands in for the measured speed (operations a second), `prompts` with their mean tokens and
+    those of an answer for the data file. Raises ConfigError, DataError or ModelError where something it reads is wrong.
+    """
+    recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
+    given = (prompts, prompt_tokens, answer_tokens)
+    if any(given) and not all(given):
+        raise ConfigError("sizes are given together", where="irlign plan", do="give --prompts, --prompt-tokens and --answer-tokens")
+    if recipe.world is not None:
+        sizes, shape = world_sizes(recipe)
+    else:
+        shape = shape_of(str(recipe.model_name_or_path), flops is None and has_cuda())
+        sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)  # type: ignore[arg-type]
+    own = recipe.reward.backbone in ("sft", "init")
+    speed = Speed(flops, flops) if flops else measured_speed(shape.parameters)
+    table = stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed)
+    return render(table, recipe, sizes, shape, speed, measured=flops is None)
+
+
+def render(table: Sequence[Stage], recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, *, measured: bool) -> str:
+    """The stages and their total as columns, and below them what the figures rest on."""
+    sums = {key: sum(getattr(s, key) or 0.0 for s in table) for key in ("generated", "trained", "read", "flops", "seconds", "disk")}
+    total = Stage("total", memory=max(s.memory for s in table), **sums)
+    lines = [HEAD, *(_cells(s, sums["seconds"]) for s in [*table, total])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    text = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    p, sample = sizes.prompts, next(s for s in table if s.name == "sample")
+    text += [
+        "",
+        f"{p['train']:,} train, {p['dev']:,} dev, {p['test']:,} test prompts of {sizes.prompt:.0f} tokens, answers of {_answer(recipe, sizes):.0f}; "
+        f"{short(shape.parameters)} parameters",
+        f"{short(speed.full)} FLOP/s in float32, {short(speed.half)} in the precision that pays ({'measured now' if measured else 'given'}); "
+        f"of that training is taken to reach {TRAINING:.0%}, sampling {SAMPLING:.0%}, scoring {SCORING:.0%} (docs/scale.md)",
+    ]
+    if sample.seconds is None:
+        cost = recipe.sampling.openai.cost(int(sample.read), int(sample.generated))
+        text.append(f"sample runs at the endpoint: {'price_in and price_out would say its cost' if cost is None else f'cost {cost:,.2f}'}")
+    return "\n".join(text + ([f"for each of {len(recipe.seeds)} seeds"] if recipe.seeds else []))
+
+
+def _cells(s: Stage, seconds: float) -> tuple[str, ...]:
+    took = "-" if s.seconds is None else clock(s.seconds) if s.seconds >= 60 else f"{s.seconds:.1f} s"
+    share = "-" if s.seconds is None or not seconds else f"{s.seconds / seconds:.0%}"
+    numbers = [short(value) if value else "-" for value in (s.generated, s.trained, s.read, s.flops)]
+    return (s.name, *numbers, took, f"{short(s.memory)}B", f"{short(s.disk)}B" if s.disk else "-", share)
+
+
+def short(value: float) -> str:
+    """A count in three digits: 950, 1.24 k, 12.4 M, 3.5 G."""
+    size = 0
+    while value >= 999.5 and size < len(PREFIXES) - 1:
+        value, size = value / 1000, size + 1
+    digits = 0 if not size or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {PREFIXES[size]}".rstrip()
