@@ -93,7 +93,7 @@ BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
     "no override": (["fast"], "'fast' is no override"),
-    "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 3 sections"),
+    "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
     "n over the pool": (["best_of_n.n=99"], "best_of_n.n=99 is more than sampling.num_generations=4"),
@@ -251,7 +251,10 @@ def test_env_schema_and_help(capsys):
     schema = json.loads(_run(capsys, "schema")[1])
     assert {"model_name_or_path", "world", "sft", "reward"} <= set(schema["properties"])
     text = _run(capsys, "--help")[1]
-    assert all(verb in text for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "eval", "report", "env", "schema"))
+    assert all(
+        verb in text
+        for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "optimise", "eval", "report", "env", "schema")
+    )
 
 
 def test_model_output_is_escaped(capsys, recipe, tmp_path):

@@ -41,7 +41,9 @@ def test_a_prompt_whose_answers_are_all_cut_has_no_winner():
 
 
 ANIMALS = ("cat", "dog", "bird")
-PROMPTS = [Prompt.of(f"the {colour} {animal} {verb}", "train") for colour in ("red", "blue") for animal in ANIMALS for verb in ("sat", "ran")]
+PROMPTS = [
+    Prompt.of(f"the {colour} {animal} {verb}", "train") for colour in ("red", "blue") for animal in ANIMALS for verb in ("sat", "ran")
+]
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
