@@ -79,7 +79,8 @@ def _optimised(choice: Mapping[str, Any] | None) -> str:
     if choice is None:
         return ""
     published = "SFT" if choice["published"] == "sft" else choice["published"].replace("-", " ")
-    words = [f"Method {choice['method']}, toward {choice['reward']}. {published} is published: {choice['why']}."]
+    reward = f", by the reward {choice['reward']}" if choice["reward"] else ""
+    words = [f"Method {choice['method']}{reward}. {published} is published: {choice['why']}."]
     base = choice["candidates"].get("sft")
     for name, of in choice["candidates"].items():
         if name != "sft":

@@ -111,7 +111,7 @@ def test_weighted_sft_starts_from_the_initial_policy(copied, judge):
     judge(50.0)
     run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
     choice = _choice(copied)
-    assert choice["method"] == "weighted-sft" and choice["candidates"]["round-1"]["training"]["rows"] == 24
+    assert (choice["method"], choice["reward"]) == ("weighted-sft", None) and choice["candidates"]["round-1"]["training"]["rows"] == 24
     assert set(choice["candidates"]["round-1"]["training"]["dev_nll"]) == {"initial", "aligned"}
 
 

@@ -44,8 +44,7 @@ model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelFo
 ```
 Prompts are read in the chat template `{template}`. `optimise/choice.json` of its run says what was tried and how it was weighed.
 """
-TUNED = """Trained by `{method}` ({name}) toward the reward `{reward}`, which was learned from demonstrations. A judge of held-out demonstrations, which
-saw neither, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
+TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
 
@@ -129,7 +128,8 @@ def align(work: Work, version: str) -> dict[str, Any]:
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
     rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-    shown, about = work.demonstrations("dev"), {"method": work.settings.method, "reward": work.reward}
+    learns = METHODS[work.settings.method][2] is won_answers
+    shown, about = work.demonstrations("dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
     else:
@@ -202,7 +202,8 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "))
+        source = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
+        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=source)
     template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
     (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")
     write_json(work.folder / "optimise/choice.json", choice)
