@@ -266,6 +266,7 @@ def test_several_seeds_make_one_table(tmp_path):
     assert {"initial", "sft", "aligned", "demonstrations", "best_of_2", "best_of_4", "chosen"} == set(table["pooled"])
     means = [json.loads((tmp_path / f"seeds/seed-{s}/evaluation/results.json").read_text())["golden"]["sft"]["mean"] for s in (0, 1)]
     assert [row["sft"] for row in table["seeds"]] == pytest.approx(means)
+    assert table["headline"][0].startswith("Over 2 seeds, the aligned policy ") and "aligned - sft" in table["differences"]
     assert table["pooled"]["sft"]["mean"] == pytest.approx(sum(means) / 2)
     assert (tmp_path / "seeds/seeds.html").is_file() and json.loads((tmp_path / "seeds/seeds.json").read_text()) == table
     with pytest.raises(ConfigError, match="one run directory"):

@@ -311,6 +311,7 @@ def _seed_row(seed: int, results: Mapping[str, Any], means: Mapping[str, float],
         "best_n": best,
         "over_optimised": fall is not None and fall["ci95"][1] < 0,
         "oracle_gain": oracle["mean_difference"] if oracle else None,
+        "aligned_gain": _side(_test(results, "aligned", "sft")),
         "chosen_gain": _side(_test(results, f"best_of_{n}", "sft")),
         "last_gain": _side(_test(results, f"best_of_{last}", "sft")),
     }
@@ -340,7 +341,9 @@ def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any],
     if measure != "golden":
         return [f"{count} seeds without a golden reward: whether Best-of-n beats SFT is not shown."]
     lines = []
-    for what, key, name in (("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")):
+    aligned = [("The aligned policy", "aligned - sft", "aligned_gain")] if "aligned - sft" in gaps else []
+    best = [("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")]
+    for what, key, name in [*aligned, *best]:
         mean, (low, high) = gaps[key]["mean"], gaps[key]["ci95"]
         words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
         better, worse = (sum(row[name]["verdict"] == side for row in table) for side in ("better", "worse"))

@@ -202,8 +202,8 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        source = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
-        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=source)
+        learned = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
+        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
     (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")
     write_json(work.folder / "optimise/choice.json", choice)
