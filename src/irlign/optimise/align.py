@@ -1,7 +1,7 @@
 """The stage `optimise`: rounds of a method make candidates for the aligned policy, and the safety net publishes one of them or pi_SFT.
 
-Each round starts from the same policy again, so that errors do not add up; what changes from round to round is whose answers it learns
-from: those of pi_SFT in the first, those of the round before in the others.
+Each round starts from the same policy again; what changes from round to round is whose answers it learns from: those of pi_SFT in the
+first, those of the round before in the others.
 """
 
 import shutil
