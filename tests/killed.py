@@ -22,7 +22,7 @@ import irlign.runs
 from irlign.progress import Progress
 from irlign.runs import Run
 
-STAGES = ("pretrain", "data", "sft", "sample", "reward", "bon", "eval", "report")
+STAGES = ("pretrain", "data", "sft", "sample", "reward", "bon", "optimise", "eval", "report")
 MOMENTS = ("first", "third", "sealed", "moved")
 
 

@@ -20,6 +20,7 @@ def small_recipe(output_dir: Path | str, **changes: Any) -> dict[str, Any]:
             "part_prompts": 10,
         },
         "reward": {"learning_rate": 1e-3, "num_train_epochs": 1, "max_leak_accuracy": 1.0},
+        "optimise": {"learning_rate": 1e-3, "num_train_epochs": 3, "generations": 2},
         "evaluation": {"resamples": 200},
     }
     for key, value in changes.items():

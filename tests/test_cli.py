@@ -59,6 +59,16 @@ def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     assert "<script" not in (tmp_path / "out/report.html").read_text()
 
 
+def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
+    code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
+    assert code == 2 and "optimise.method: expected 'distill', 'weighted-sft' or 'none', got 'sorcery'" in err
+    assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
+    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
+    choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
+    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "too few for a judge" in choice["why"]
+    assert _run(capsys, "optimise", "none", tmp_path / "out")[0] == 0 and not (tmp_path / "out/optimise").exists()
+
+
 BAD_FILES = {
     "a malformed line": ([*GOOD[:2], '{"prompt": "x", '], "bad.jsonl:3: is not JSON"),
     "a missing column": ([*GOOD[:2], {"prompt": "the cat"}], "bad.jsonl:3: has no answer"),
@@ -93,7 +103,7 @@ BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
     "no override": (["fast"], "'fast' is no override"),
-    "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 3 sections"),
+    "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
     "n over the pool": (["best_of_n.n=99"], "best_of_n.n=99 is more than sampling.num_generations=4"),
@@ -125,6 +135,8 @@ def test_bad_keys(capsys, recipe, case):
         (["reward.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
         (["sft.lr_scheduler_type=stairs"], "TrainingArguments refuses it"),
         (["report_to=nobody"], "no such tracker"),
+        (["optimise.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
+        (["optimise.method=weighted-sft", "optimise.rounds=2"], "learns from demonstrations"),
         (["sft_model_name_or_path=CLASSIFIER"], "no causal language model"),
         (["reward.kind=features", "reward.backbone=./nowhere"], "no such model folder"),
     ],
@@ -252,7 +264,8 @@ def test_env_schema_and_help(capsys):
     assert {"model_name_or_path", "world", "sft", "reward"} <= set(schema["properties"])
     text = _run(capsys, "--help")[1]
     assert all(
-        verb in text for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "eval", "report", "plan", "env", "schema")
+        verb in text
+        for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "optimise", "eval", "report", "plan", "env", "schema")
     )
 
 

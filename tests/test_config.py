@@ -35,7 +35,7 @@ def test_a_recipe_and_its_overrides(tmp_path):
 def test_a_bare_key_finds_its_one_section(tmp_path):
     recipe = _load("world: dialogue\n", tmp_path, "num_generations=3", "world.heterogeneity=0.5", "--sft.use_peft")
     assert recipe.sampling.num_generations == 3 and recipe.world.heterogeneity == 0.5 and recipe.sft.use_peft
-    assert "stands in 3 sections" in _error("world: dialogue\n", tmp_path, "learning_rate=1")
+    assert "stands in 4 sections" in _error("world: dialogue\n", tmp_path, "learning_rate=1")
 
 
 @pytest.mark.parametrize(

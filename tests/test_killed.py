@@ -31,7 +31,7 @@ def test_a_run_killed_everywhere_equals_the_uninterrupted_one(tmp_path):
     Path(command[-1]).write_text(json.dumps(small_recipe(whole)))
     code = "import json, sys; from irlign.pipeline import run; run(json.load(open(sys.argv[1])))"
     subprocess.run([sys.executable, "-c", code, command[-1]], check=True, capture_output=True, env=environment, timeout=600)
-    for name in ("data", "policies", "pools", "rewards", "best_of_n", "evaluation/prompts.parquet"):
+    for name in ("data", "policies", "pools", "rewards", "best_of_n", "optimise", "evaluation/prompts.parquet"):
         assert hash_path(torn / name) == hash_path(whole / name), name
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (torn, whole)]
     assert all(entry["status"] == "complete" for manifest in manifests for entry in manifest["stages"].values())

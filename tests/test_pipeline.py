@@ -35,6 +35,10 @@ PUBLISHED = (
     "rewards/log-ratio-per-token/reward.json",
     "best_of_n/candidates.parquet",
     "best_of_n/selected.jsonl",
+    "policies/aligned/model.safetensors",
+    "policies/aligned/README.md",
+    "pools/aligned.parquet/part-00000.parquet",
+    "optimise/choice.json",
     "evaluation/results.json",
     "evaluation/prompts.parquet",
     "report.html",
@@ -61,7 +65,7 @@ def _manifest(folder):
 def test_everything_the_contract_names_is_there(finished):
     assert [name for name in PUBLISHED if not (finished / name).is_file()] == []
     stages = _manifest(finished)
-    assert list(stages) == ["pretrain", "data", "sft", "sample", "reward", "bon", "eval", "report"]
+    assert list(stages) == ["pretrain", "data", "sft", "sample", "reward", "bon", "optimise", "eval", "report"]
     keys = {
         "status",
         "seconds",
@@ -80,7 +84,7 @@ def test_everything_the_contract_names_is_there(finished):
 
 def test_results_keep_their_promises(finished):
     results = json.loads((finished / "evaluation/results.json").read_text())
-    assert set(results) == {"headline", "golden", "heldout", "choice", "alarms", "tests", "curve", "run"}
+    assert set(results) == {"headline", "golden", "heldout", "choice", "optimise", "alarms", "tests", "curve", "run"}
     golden = results["golden"]
     assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}
     assert golden["best_of_n"]["1"]["mean"] == pytest.approx(golden["sft"]["mean"])
@@ -120,8 +124,9 @@ def test_the_second_run_does_nothing(copied):
     [
         ({"evaluation": {"resamples": 300}}, {"eval", "report"}),
         ({"best_of_n": {"n": 2, "force": True}}, {"bon", "eval", "report"}),
-        ({"reward": {"loss": "bradley-terry"}}, {"reward", "bon", "eval", "report"}),
-        ({"sft": {"learning_rate": 2e-3}}, {"sft", "sample", "reward", "bon", "eval", "report"}),
+        ({"reward": {"loss": "bradley-terry"}}, {"reward", "bon", "optimise", "eval", "report"}),
+        ({"sft": {"learning_rate": 2e-3}}, {"sft", "sample", "reward", "bon", "optimise", "eval", "report"}),
+        ({"optimise": {"learning_rate": 2e-3}}, {"optimise", "eval", "report"}),
     ],
 )
 def test_a_change_runs_again_what_follows_from_it(copied, changes, again):
@@ -258,9 +263,10 @@ def test_scoring_a_file(finished, tmp_path):
 def test_several_seeds_make_one_table(tmp_path):
     table = run(small_recipe(tmp_path / "seeds", seeds="0..1"))
     assert [row["seed"] for row in table["seeds"]] == [0, 1]
-    assert {"initial", "sft", "demonstrations", "best_of_2", "best_of_4", "chosen"} == set(table["pooled"])
+    assert {"initial", "sft", "aligned", "demonstrations", "best_of_2", "best_of_4", "chosen"} == set(table["pooled"])
     means = [json.loads((tmp_path / f"seeds/seed-{s}/evaluation/results.json").read_text())["golden"]["sft"]["mean"] for s in (0, 1)]
     assert [row["sft"] for row in table["seeds"]] == pytest.approx(means)
+    assert table["headline"][0].startswith("Over 2 seeds, the aligned policy ") and "aligned - sft" in table["differences"]
     assert table["pooled"]["sft"]["mean"] == pytest.approx(sum(means) / 2)
     assert (tmp_path / "seeds/seeds.html").is_file() and json.loads((tmp_path / "seeds/seeds.json").read_text()) == table
     with pytest.raises(ConfigError, match="one run directory"):
@@ -295,7 +301,8 @@ def test_your_own_model_and_file_switch_the_world_off(finished, tmp_path):
     own = {"model_name_or_path": str(finished / "policies/init"), "dataset_name": _file(finished, tmp_path)}
     results = run(small_recipe(tmp_path / "own", **own))
     assert results["golden"] is None and results["run"]["world"] is None
-    assert "too few for a judge" in results["headline"][0] and "no golden reward" in results["headline"][1]
+    assert results["headline"][0].startswith("The aligned policy is SFT itself") and "no golden reward" in results["headline"][2]
+    assert all("too few for a judge" in line for line in results["headline"][:2])
     assert [t["measure"] for t in results["tests"]] == ["init-sft+likelihood"]
     assert next(iter(_manifest(tmp_path / "own"))) == "init"
     assert "is not shown" in (tmp_path / "own/report.html").read_text()
@@ -368,5 +375,5 @@ def test_what_selects_is_no_matter_of_training(copied):
     before = json.loads((copied / "manifest.json").read_text())["stages"]
     results = run(small_recipe(copied, best_of_n={"likelihood": 0}))
     after = json.loads((copied / "manifest.json").read_text())["stages"]
-    assert {stage for stage in before if after[stage] != before[stage]} == {"bon", "eval", "report"}
+    assert {stage for stage in before if after[stage] != before[stage]} == {"bon", "optimise", "eval", "report"}
     assert results["run"]["selector"] == "init-sft" and not (copied / "rewards/init-sft+likelihood").exists()

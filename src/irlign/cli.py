@@ -98,6 +98,20 @@ def score(reward: str, file: str, output: str) -> None:
 
 
 _stage("bon", "Best-of-N: score the candidates and select: best_of_n/.")
+
+
+@app.command(context_settings=PASS_ON)
+def optimise(
+    context: Context,
+    method: Annotated[str, typer.Argument(help="distill or weighted-sft; none leaves the stage out")],
+    config: Config = None,
+) -> None:
+    """From the reward to a policy that needs none at inference: policies/aligned."""
+    from irlign.pipeline import run_stage
+
+    run_stage("optimise", config, [*_overrides(context), f"optimise.method={method}"])
+
+
 _stage("eval", "Measure on the test prompts: evaluation/results.json.")
 _stage("report", "Write report.html.")
 

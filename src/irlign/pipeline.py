@@ -1,6 +1,6 @@
 """The method on one page: one function for each stage, and `run`, which calls them in order.
 
-    init -> data -> sft -> sample -> reward -> bon -> eval -> report
+    init -> data -> sft -> sample -> reward -> bon -> optimise -> eval -> report
 
 Stages meet only through files of the run directory (docs/run_directory.md). A finished stage whose settings and inputs
 have not changed is skipped; a changed one runs again, and so does what follows from it.
@@ -226,12 +226,41 @@ def bon(recipe: Recipe, run: Run) -> None:
     )
 
 
+def optimise(recipe: Recipe, run: Run) -> None:
+    """From the reward to a policy that needs none at inference, in policies/aligned: the candidate of `optimise.method` that the judge of
+    held-out demonstrations shows to beat pi_SFT, and pi_SFT itself where it shows none (optimise/safety_net.py)."""
+    settings, template = recipe.optimise, recipe.data.chat_template
+    if settings.method == "none":
+        run.do("optimise", lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
+        return
+    selector = read_json(run.path("best_of_n/choice.json"))["reward"]
+
+    def build(folder: Path) -> dict[str, Any]:
+        from irlign.optimise.align import Work, align
+
+        choice = align(Work(run, settings, recipe.sampling, selector, template, folder, recipe.report_to), __version__)
+        say(f"optimise: {choice['published']} is published: {choice['why']}")
+        return {key: choice[key] for key in ("method", "published", "why")}
+
+    run.do(
+        "optimise",
+        build,
+        settings={"optimise": settings, "sampling": recipe.sampling, "reward": selector, "judge": JUDGE, "chat_template": template},
+        inputs=_inside(
+            *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),
+            *("policies/sft", "policies/init", *(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
+        ),
+        outputs=["policies/aligned", "pools/aligned.parquet", "optimise"],
+    )
+
+
 def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
     from irlign.evaluate.golden import golden_inputs
 
     spec, world = recipe.evaluation.golden_reward, recipe.world
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
+    aligned = [] if recipe.optimise.method == "none" else ["optimise", "pools/aligned.parquet"]
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.evaluate.golden import guard_golden, load_golden
@@ -239,7 +268,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
         guard_golden(spec, [run.path("rewards"), run.path("policies")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run))
+        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run), bool(aligned))
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
         for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
@@ -251,7 +280,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         build,
         settings={"evaluation": recipe.evaluation, "world": world},
         inputs={
-            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet"),
+            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", *aligned),
             **_inside(*(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
             **golden_inputs(spec),
         },
@@ -278,6 +307,7 @@ STAGES: dict[str, Callable[[Recipe, Run], None]] = {
     "sample": sample,
     "reward": reward,
     "bon": bon,
+    "optimise": optimise,
     "eval": evaluate,
     "report": report,
 }

@@ -37,4 +37,5 @@ def _trained(recipe: Recipe) -> list[TrainerSettings]:
     """The settings of every stage that trains through transformers' Trainer."""
     found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
     found += [] if recipe.sft_model_name_or_path else [recipe.sft]
-    return [*found, *([recipe.reward] if recipe.reward.kind != "features" else [])]
+    found += [] if recipe.reward.kind == "features" else [recipe.reward]
+    return found if recipe.optimise.method == "none" else [*found, recipe.optimise]

@@ -10,6 +10,7 @@ from irlign.config import Settings, load_recipe, parse_seeds
 from irlign.data.demonstrations import DataSettings
 from irlign.errors import RunError
 from irlign.evaluate.metrics import EvaluationSettings
+from irlign.optimise.align import OptimiseSettings
 from irlign.optimise.best_of_n import BestOfNSettings
 from irlign.policy.pretrain import PretrainSettings
 from irlign.policy.sft import SFTSettings
@@ -46,6 +47,7 @@ class Recipe(Settings):
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="drawing the pools")
     reward: RewardSettings = Field(default_factory=RewardSettings, description="the inverse-RL reward model")
     best_of_n: BestOfNSettings = Field(default_factory=BestOfNSettings, description="selection")
+    optimise: OptimiseSettings = Field(default_factory=OptimiseSettings, description="a policy that needs no reward at inference")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="evidence")
 
     @field_validator("seeds", mode="before")

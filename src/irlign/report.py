@@ -11,8 +11,8 @@ from irlign.plots import curve_svg, length_svg
 from irlign.runs import RECIPE, Run
 from irlign.statistics import nested_estimate
 
-SOURCES = {"initial": "Initial policy", "sft": "SFT", "demonstrations": "Demonstration", "best_of_n": "Best-of-n"}
-COLUMNS = {"initial": "initial", "sft": "SFT", "demonstrations": "demonstrations"}
+SOURCES = {"initial": "Initial policy", "sft": "SFT", "aligned": "Aligned", "demonstrations": "Demonstration", "best_of_n": "Best-of-n"}
+COLUMNS = {"initial": "initial", "sft": "SFT", "aligned": "aligned", "demonstrations": "demonstrations"}
 
 
 def write_report(root: Path, target: Path) -> None:
@@ -23,9 +23,10 @@ def write_report(root: Path, target: Path) -> None:
     candidates = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "test"]
     golden, heldout, info = results["golden"], results["heldout"], results["run"]
     last, choice = results["curve"]["n"][-1], results["choice"]
-    chosen = choice["n"]
+    chosen, tuned = choice["n"], _tuned(results)
     measure = golden or heldout["rewards"]
-    tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 else "SFT, kept", measure["sft"])]
+    tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 or tuned else "SFT, kept", measure["sft"])]
+    tiles += [("Aligned, one answer", measure["aligned"])] if tuned else []
     tiles += [(f"Best-of-{chosen}", measure["best_of_n"][str(chosen)])] if chosen > 1 else []
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
     curves = {f"{name} (selects)" if name == info["selector"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
@@ -36,6 +37,8 @@ def write_report(root: Path, target: Path) -> None:
         "verdict": _verdict(results, chosen),
         "chosen": chosen,
         "choice": _choice(choice),
+        "optimised": _optimised(results["optimise"]),
+        "aligned_curve": (golden or {}).get("aligned_best_of_n") if tuned else None,
         "judged": {n: e for n, e in (heldout["judge"] or {}).items()},
         "tiles": [{"name": name if golden else f"{name}: the reward that selects", "e": e} for name, e in tiles],
         "measure_words": _measure_words(golden),
@@ -52,16 +55,44 @@ def write_report(root: Path, target: Path) -> None:
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
         "sources": _source_rows(heldout, chosen),
-        "columns": {**COLUMNS, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})},
+        "columns": {
+            **{key: name for key, name in COLUMNS.items() if tuned or key != "aligned"},
+            **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {}),
+        },
         "checks": _checks(heldout, info),
         "alarms": results["alarms"],
         "outliers": results["heldout"].get("outlier_picks") is not None,
-        "samples": _samples(rows, golden is not None, chosen),
+        "samples": _samples(rows, golden is not None, chosen, tuned),
         "samples_words": _samples_words(golden, len(rows)),
         "facts": _facts(run, info),
         "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
     }
     render("report.html", target, context)
+
+
+def _tuned(results: Mapping[str, Any]) -> bool:
+    """Whether the aligned policy is another than pi_SFT."""
+    return bool(results["optimise"]) and results["optimise"]["published"] != "sft"
+
+
+def _optimised(choice: Mapping[str, Any] | None) -> str:
+    """What was tried for the aligned policy, and how it was weighed."""
+    if choice is None:
+        return ""
+    published = "SFT" if choice["published"] == "sft" else choice["published"].replace("-", " ")
+    reward = f", by the reward {choice['reward']}" if choice["reward"] else ""
+    words = [f"Method {choice['method']}{reward}. {published} is published: {choice['why']}."]
+    base = choice["candidates"].get("sft")
+    for name, of in choice["candidates"].items():
+        if name != "sft":
+            words.append(
+                f"{name.replace('-', ' ').capitalize()}: judged gain over SFT {of['gain']['mean']:+.2f} sd (at least {of['gain']['low']:+.2f}) on "
+                f"{choice['prompts']} dev prompts; KL to SFT {of['kl_sft']['mean']:.1f} nats an answer, to the initial policy "
+                f"{of['kl_initial']['mean']:.1f} (SFT: {base['kl_initial']['mean']:.1f}); {of['tokens']:.0f} tokens an answer (SFT: {base['tokens']:.0f}), "
+                f"{of['distinct_answers']:.0%} of a prompt's answers differ (SFT: {base['distinct_answers']:.0%})."
+            )
+            words += [f"Alarm, {a['name']}: {a['seen']}." for a in of["alarms"]]
+    return " ".join(words)
 
 
 def _verdict(results: Mapping[str, Any], n: int) -> str:
@@ -163,7 +194,7 @@ def _checks(heldout: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int) -> list[dict[str, Any]]:
+def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int, tuned: bool) -> list[dict[str, Any]]:
     """Two prompts each from the top, the middle and the bottom of what Best-of-n gained there."""
     scored = [(_gain(row, golden), row) for row in rows]
     order = sorted(scored, key=lambda item: -item[0])
@@ -176,7 +207,8 @@ def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int) -> li
                 continue
             seen.add(row["prompt_id"])
             what = "golden value of the pick minus SFT's mean" if golden else "reward of the pick minus SFT's mean"
-            found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": _answers(row, golden, chosen)})
+            answers = _answers(row, golden, chosen, tuned)
+            found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": answers})
     return found
 
 
@@ -185,12 +217,13 @@ def _gain(row: Mapping[str, Any], golden: bool) -> float:
     return row[f"answer_{measure}/best_of_n"] - row[f"{measure}/sft"]
 
 
-def _answers(row: Mapping[str, Any], golden: bool, chosen: int) -> list[dict[str, Any]]:
-    """The answers beside each other; with n = 1 the pick is SFT's first sample and stands there once."""
+def _answers(row: Mapping[str, Any], golden: bool, chosen: int, tuned: bool) -> list[dict[str, Any]]:
+    """The answers beside each other; with n = 1 the pick is SFT's first sample, and an aligned policy that is SFT has its
+    samples: they stand there once."""
     found, pick = [], "best_of_n" if chosen > 1 else "sft"
     for source, name in SOURCES.items():
-        text = row[f"answer/{source}"]
-        if text is None or (source == "best_of_n" and source != pick):
+        text = row.get(f"answer/{source}")
+        if text is None or (source == "best_of_n" and source != pick) or (source == "aligned" and not tuned):
             continue
         scores = f"reward {row[f'answer_reward/{source}']:.2f}" + (f", golden {row[f'answer_golden/{source}']:.2f}" if golden else "")
         found.append({"name": name, "text": text, "scores": scores, "pick": source == pick})
@@ -201,7 +234,7 @@ def _samples_words(golden: Mapping[str, Any] | None, prompts: int) -> str:
     by = "golden value" if golden else "reward"
     return (
         f"Of {prompts} test prompts: the two where the pick gained most over SFT's mean by {by}, two in the middle, the two where it "
-        "gained least. Initial policy and SFT: their first sample."
+        "gained least. All others: their first sample."
     )
 
 
@@ -233,11 +266,11 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
     measure = "golden" if all(r["golden"] for r in results.values()) else "reward"
     rows = {seed: read_table(root / f"seed-{seed}/evaluation/prompts.parquet") for seed in results}
     n = [k for k in next(iter(results.values()))["curve"]["n"] if all(k in r["curve"]["n"] for r in results.values())]
-    columns = {key: [key] * len(results) for key in ("initial", "sft", "demonstrations", *(f"best_of_{k}" for k in n[1:]))}
+    columns = {key: [key] * len(results) for key in ("initial", "sft", "aligned", "demonstrations", *(f"best_of_{k}" for k in n[1:]))}
     columns["chosen"] = [f"best_of_{r['choice']['n']}" for r in results.values()]
     values = {
         key: [
-            [row[f"{measure}/{of}"] for row in rows[seed] if row[f"{measure}/{of}"] is not None]
+            [row[f"{measure}/{of}"] for row in rows[seed] if row.get(f"{measure}/{of}") is not None]
             for seed, of in zip(results, place, strict=True)
         ]
         for key, place in columns.items()
@@ -245,8 +278,8 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
     keys, last = [key for key in columns if all(values[key])], f"best_of_{n[-1]}"
     gaps = {
         f"{a} - {b}": nested_estimate([np.subtract(x, y).tolist() for x, y in zip(values[a], values[b], strict=True)]).to_json()
-        for a, b in (("sft", "initial"), (last, "initial"), ("chosen", "sft"), (last, "sft"))
-        if all(len(x) == len(y) for x, y in zip(values[a], values[b], strict=True))
+        for a, b in (("sft", "initial"), (last, "initial"), ("chosen", "sft"), (last, "sft"), ("aligned", "sft"))
+        if all(values[a]) and all(len(x) == len(y) for x, y in zip(values[a], values[b], strict=True))
     }
     table = [
         _seed_row(seed, r, {key: float(np.mean(values[key][i])) for key in keys}, n[-1]) for i, (seed, r) in enumerate(results.items())
@@ -279,6 +312,7 @@ def _seed_row(seed: int, results: Mapping[str, Any], means: Mapping[str, float],
         "best_n": best,
         "over_optimised": fall is not None and fall["ci95"][1] < 0,
         "oracle_gain": oracle["mean_difference"] if oracle else None,
+        "aligned_gain": _side(_test(results, "aligned", "sft")),
         "chosen_gain": _side(_test(results, f"best_of_{n}", "sft")),
         "last_gain": _side(_test(results, f"best_of_{last}", "sft")),
     }
@@ -308,7 +342,9 @@ def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any],
     if measure != "golden":
         return [f"{count} seeds without a golden reward: whether Best-of-n beats SFT is not shown."]
     lines = []
-    for what, key, name in (("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")):
+    aligned = [("The aligned policy", "aligned - sft", "aligned_gain")] if "aligned - sft" in gaps else []
+    best = [("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")]
+    for what, key, name in [*aligned, *best]:
         mean, (low, high) = gaps[key]["mean"], gaps[key]["ci95"]
         words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
         better, worse = (sum(row[name]["verdict"] == side for row in table) for side in ("better", "worse"))

@@ -34,7 +34,7 @@ from irlign.machine import peak_memory_mib, reset_peak_memory, versions
 from irlign.progress import say
 
 READY, KEY, MANIFEST, RECIPE = "READY.json", "KEY.json", "manifest.json", "recipe.yaml"
-FOLDERS = ("data", "policies", "pools", "rewards", "best_of_n", "evaluation")  # what stages publish into
+FOLDERS = ("data", "policies", "pools", "rewards", "best_of_n", "optimise", "evaluation")  # what stages publish into
 
 Build = Callable[[Path], Mapping[str, Any] | None]
 

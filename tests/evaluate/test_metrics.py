@@ -63,6 +63,23 @@ def test_the_rows_hold_the_values_behind_the_figures():
     assert [row["answer/best_of_n"] for row in rows] == ["word 1", "word 3"] and [row["answer_golden/best_of_n"] for row in rows] == [2, 3]
 
 
+def test_the_aligned_policy_stands_beside_the_others():
+    """p: answers worth 2 and 4, q: 5 and 1; by the reward the second of each is the better one. Rows of q come first."""
+    aligned = _group(["q", "q", "p", "p"], [5, 1, 2, 4], [0.0, 1.0, 0.0, 1.0])
+    own = _evaluation()
+    evaluation = Evaluation(own.groups["initial"], own.pool, own.groups["demonstrations"], "r", SETTINGS, 0, aligned=aligned)
+    golden = evaluation.golden("mine")
+    assert golden["aligned"]["mean"] == 3 and golden["sft"]["mean"] == 1.5
+    assert {n: e["mean"] for n, e in golden["aligned_best_of_n"].items()} == pytest.approx({"1": 3, "2": (4 + 1) / 2})
+    tests = {(t["a"], t["b"]): t for t in evaluation.tests("golden")}
+    assert tests["aligned", "sft"]["mean_difference"] == pytest.approx(((3 - 1) + (3 - 2)) / 2)
+    assert tests["aligned", "initial"]["mean_difference"] == pytest.approx(3) and tests["aligned", "sft"]["prompts"] == 2
+    rows = evaluation.rows({"p": "Pea?", "q": "Queue?"})
+    assert [row["golden/aligned"] for row in rows] == [3, 3] and [row["answer_golden/aligned"] for row in rows] == [2, 5]
+    assert own.golden("mine")["aligned"] is None and own.golden("mine")["aligned_best_of_n"] is None
+    assert not any("aligned" in key for row in own.rows({"p": "Pea?", "q": "Queue?"}) for key in row)
+
+
 def _results(golden, initial=0.0, reward=None):
     """Results of 40 prompts with four answers each, all prompts alike but for a little noise."""
     noise = np.random.default_rng(0).normal(scale=0.1, size=40)
@@ -91,6 +108,23 @@ def test_the_headline_says_what_the_numbers_say():
     assert headline(_results((1, 1, 1, 1)))[0].startswith("Best-of-4 is not shown to beat SFT: +0.00")
     none = headline(_results(None))
     assert none[0] == "There is no golden reward, so whether Best-of-4 beats SFT is not shown here." and "100%" in none[1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"), [(0.2, 0.4, "beats SFT by"), (-0.4, -0.2, "is worse than SFT:"), (-0.1, 0.7, "is not shown to")]
+)
+def test_the_aligned_policy_comes_first_in_the_headline(low, high, words):
+    results = _results((0, 1, 2, 3))
+    without = headline(results)
+    own = {"gain": {"mean": 0.5, "low": 0.3}, "kl_sft": {"mean": 2.34}}
+    results["optimise"] = {"published": "round-1", "method": "distill", "prompts": 40, "candidates": {"round-1": own}}
+    test = {"a": "aligned", "b": "sft", "mean_difference": (low + high) / 2, "ci95": [low, high], "prompts": 40, "measure": "golden"}
+    lines = headline({**results, "tests": [*results["tests"], test]})
+    assert f"at inference, {words}" in lines[0] and "for 2.3 nats of KL" in lines[0] and lines[1:] == without
+    unlabelled = headline({**_results(None), "optimise": results["optimise"]})
+    assert "without labels" in unlabelled[0] and "+0.50 standard deviations" in unlabelled[0] and "beats" not in unlabelled[0]
+    results["optimise"] = {"published": "sft", "method": "distill", "why": "none is shown to be better, so SFT is kept"}
+    assert headline(results) == ["The aligned policy is SFT itself: none is shown to be better.", *without]
 
 
 @pytest.mark.parametrize(

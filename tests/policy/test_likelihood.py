@@ -9,8 +9,9 @@ from tiny import make_tiny_policy
 
 from irlign.data.chat import Encoded, Format
 from irlign.policy import likelihood
-from irlign.policy.likelihood import mean_nll, sequence_log_probs
+from irlign.policy.likelihood import answer_log_probs, mean_nll, sequence_log_probs
 from irlign.policy.load import load_policy
+from irlign.records import Prompt, Sample
 
 PROMPTS = ["the cat", "The red bird sang on the mat.", "a", "the dog ran home and", "now"]
 COMPLETIONS = [" sat.", " and the dog ran", " cat sat on the red mat. The bird sang now!", "", " the"]
@@ -52,6 +53,17 @@ def test_completions_of_a_tiny_vocabulary_sum_to_one(policy):
     ended = [Encoded(prompt, [eos])]
     two = [Encoded(prompt, [a, b]) for a, b in itertools.product(range(size), repeat=2) if a != eos]
     assert np.exp(sequence_log_probs(policy, [*ended, *two])).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_stored_answer_has_eos_only_where_it_finished(tmp_path):
+    folder = make_tiny_policy(tmp_path)
+    loaded = load_policy(str(folder))
+    prompt = Prompt.of("the cat", "dev")
+    samples = [Sample(prompt, i, " sat on", reason, 3, 0.0) for i, reason in enumerate(("eos", "length"))]
+    row = Format(loaded.tokenizer).encode(["the cat"], [" sat on"])[0]
+    expected = [_plain(loaded, row), _plain(loaded, Encoded(row.prompt_ids, row.completion_ids[:-1]))]
+    assert answer_log_probs(folder, samples, chat_template="auto") == pytest.approx(expected, abs=1e-4)
+    assert expected[0] < expected[1]
 
 
 def test_a_row_longer_than_the_context_is_cut_to_it(tmp_path):

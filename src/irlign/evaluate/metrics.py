@@ -57,7 +57,8 @@ class Evaluation:
     """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by, `learned` the trained
     one in it (None: the same), `chosen` the n that was used (None: the whole pool).
 
-    `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty. Best-of-n values
+    `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty, `aligned` is missing where no
+    policy was optimised. Best-of-n values
     are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean of pi_SFT.
     """
 
@@ -71,8 +72,9 @@ class Evaluation:
         seed: int,
         chosen: int | None = None,
         learned: str | None = None,
+        aligned: Group | None = None,
     ):
-        self.groups = {"initial": initial, "sft": pool, "demonstrations": demonstrations}
+        self.groups = {"initial": initial, "sft": pool, **({"aligned": aligned} if aligned else {}), "demonstrations": demonstrations}
         self.pool, self.selector, self.learned = pool, selector, learned or selector
         self.resamples, self.seed = settings.resamples, seed
         self.prompts = list(pool.by_prompt(pool.finished))
@@ -86,11 +88,23 @@ class Evaluation:
 
     def curve(self, selecting: np.ndarray, measured: Sequence[float] | np.ndarray) -> np.ndarray:
         """Expected `measured` of the pick among n by `selecting`, shape [P, n]; a finished answer always comes first."""
-        keys, values, done = (self.pool.by_prompt(v) for v in (selecting, measured, self.pool.finished))
-        return np.array([[statistics.best_of_n(keys[p], values[p], n, done[p]) for n in self.n] for p in self.prompts])
+        return self._curve(self.pool, selecting, measured, self.n)
+
+    def _curve(self, group: Group, selecting: np.ndarray, measured: Sequence[float] | np.ndarray, points: Sequence[int]) -> np.ndarray:
+        keys, values, done = (group.by_prompt(v) for v in (selecting, measured, group.finished))
+        return np.array([[statistics.best_of_n(keys[p], values[p], n, done[p]) for n in points] for p in self.prompts])
 
     def curve_json(self, curve_P_n: np.ndarray) -> dict[str, Any]:
         return {str(n): self.estimate(curve_P_n[:, i]) for i, n in enumerate(self.n)}
+
+    def on_aligned(self) -> dict[str, Any] | None:
+        """Golden means of Best-of-n on top of the aligned policy, by the reward that selects, n up to its answers; None without one."""
+        group = self.groups.get("aligned")
+        if group is None or group.golden is None:
+            return None
+        points = statistics.powers_of_two(min(len(of) for of in group.by_prompt(group.finished).values()))
+        curve_P_n = self._curve(group, group.rewards[self.selector], group.golden, points)
+        return {str(n): self.estimate(curve_P_n[:, i]) for i, n in enumerate(points)}
 
     def per_prompt(self, measure: str) -> dict[str, list[float]]:
         """For each source its mean over answers at each test prompt, `measure` being "golden" or the selector's name."""
@@ -101,12 +115,13 @@ class Evaluation:
         return found
 
     def golden(self, name: str) -> dict[str, Any]:
-        """Golden means of every source, and the Best-of-n curve under every reward, beside the oracle's."""
+        """Golden means of every source, and the Best-of-n curve under every reward, beside the oracle's and that of the aligned policy."""
         assert self.pool.golden is not None
         curves = {reward: self.curve_json(self.curve(scores, self.pool.golden)) for reward, scores in self.pool.rewards.items()}
         oracle = self.curve_json(self.curve(self.pool.golden, self.pool.golden))
         means = {source: self.estimate(values) for source, values in self.per_prompt("golden").items()}
-        return {"name": name, **means, "best_of_n": curves[self.selector], "rewards": curves, "oracle": oracle}
+        best = {"best_of_n": curves[self.selector], "aligned_best_of_n": self.on_aligned()}
+        return {"name": name, "aligned": None, **means, **best, "rewards": curves, "oracle": oracle}
 
     def heldout(self) -> dict[str, Any]:
         """What can be said without a golden reward: separation, ends, lengths, diversity, what the reward follows."""
@@ -228,6 +243,10 @@ class Evaluation:
         pairs = [("sft", "initial", np.array(values["sft"])[both], np.array(initial))]
         if measure == "golden":
             assert self.pool.golden is not None
+            if (group := self.groups.get("aligned")) is not None and group.golden is not None:
+                means = group.means(group.golden)
+                aligned = np.array([means[p] for p in self.prompts])
+                pairs += [("aligned", "sft", aligned, np.array(values["sft"])), ("aligned", "initial", aligned[both], np.array(initial))]
             curve = self.curve(self.pool.rewards[self.selector], self.pool.golden)
             sft, best, last = curve[:, 0], int(curve.mean(0).argmax()), f"best_of_{self.largest}"
             pairs += [(last, "sft", curve[:, -1], sft), ("best_of_oracle_n", "sft", statistics.oracle_n(curve, self.seed), sft)]
@@ -287,13 +306,15 @@ def verdict(test: Mapping[str, Any]) -> str:
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
-    """The answer in a few sentences, as the numbers say it: the chosen n first, then what the whole pool would have given."""
+    """The answer in a few sentences, as the numbers say it: the aligned policy first, then the chosen n, then what the whole pool would
+    have given."""
+    aligned = _aligned(results)
     last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
     n = choice["n"] if choice else last
     how = ", n chosen without labels," if choice and choice["label_free"] == n and choice.get("given") is None else ""
     kept = _kept(choice) if choice and n == 1 else ""
     if golden is None:
-        return [kept] * bool(kept) + _without_golden(results, n, how)
+        return [*aligned, *([kept] if kept else []), *_without_golden(results, n, how)]
     if kept:
         lines = [f"{kept} {_forgone(results, last)}"] if last > 1 else [kept]
     else:
@@ -311,7 +332,25 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     if (first := find_test(results, "sft", "initial")) is not None:
         words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
         lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
-    return lines
+    return [*aligned, *lines]
+
+
+def _aligned(results: Mapping[str, Any]) -> list[str]:
+    """What was published as the aligned policy; nothing where no policy was optimised."""
+    choice = results.get("optimise")
+    if not choice:
+        return []
+    if choice["published"] == "sft":
+        return [f"The aligned policy is SFT itself: {choice['why'].removesuffix(', so SFT is kept')}."]
+    own = choice["candidates"][choice["published"]]
+    policy, cost = f"The aligned policy ({choice['method']})", f"for {own['kl_sft']['mean']:.1f} nats of KL an answer"
+    gain, test = own["gain"], find_test(results, "aligned", "sft")
+    if test is None:
+        judged = f"{gain['mean']:+.2f} standard deviations from SFT's (at least {gain['low']:+.2f}) on {choice['prompts']} dev prompts"
+        return [f"{policy} was chosen without labels: a judge of held-out demonstrations puts its answers {judged}, {cost}."]
+    words = {"better": "beats SFT by", "worse": "is worse than SFT:", "unclear": "is not shown to beat SFT:"}[verdict(test)]
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
+    return [f"{policy}, one answer and no reward at inference, {words} {amount}, {cost}."]
 
 
 def _kept(choice: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A run's stored answers become evaluation/results.json: read, scored by what never trained, measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,23 @@ def measure(
     golden_name: str,
     settings: EvaluationSettings,
     summary: Mapping[str, Any],
+    aligned: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test.
+    """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test, and where
+    there is an `aligned` policy its samples.
 
     `learned` names the reward that was trained; which one selects is in choice.json. Golden judges the text a user would get;
     rewards see it under the ending rule of their training.
     """
     choice = read_json(run.path("best_of_n/choice.json"))
+    optimised = read_json(run.path("optimise/choice.json")) if aligned else None
     selector = choice["reward"]
     rewards_of = {name: run.path("rewards", name) for name in dict.fromkeys((learned, selector))}
+
+    def drawn(samples: Sequence[Sample], scores: Mapping[str, Any] | None = None) -> Group:
+        return group(
+            [s.prompt for s in samples], [s.completion for s in samples], [s.finished for s in samples], scores, _likelihood(samples)
+        )
 
     def group(
         prompts: Sequence[Prompt],
@@ -57,16 +65,11 @@ def measure(
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
     answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
-    stored = {**stored, **_controls(pool, answers)}
+    from_sft = drawn(pool, {**stored, **_controls(pool, answers)})
     measured = Evaluation(
-        initial=group([s.prompt for s in initial], [s.completion for s in initial], [s.finished for s in initial]),
-        pool=group(
-            [s.prompt for s in pool],
-            [s.completion for s in pool],
-            [s.finished for s in pool],
-            stored,
-            _likelihood(pool),
-        ),
+        initial=drawn(initial),
+        pool=from_sft,
+        aligned=_aligned(optimised, from_sft, lambda: drawn([Sample.from_row(row) for row in _test_rows(run, "pools/aligned.parquet")])),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
         learned=learned,
@@ -86,8 +89,9 @@ def measure(
     results = {
         "golden": truth,
         "heldout": heldout,
-        "alarms": alarms(heldout, choice),
+        "alarms": [*alarms(heldout, choice), *_kept_alarms(optimised)],
         "choice": choice,
+        "optimise": optimised,
         "tests": measured.tests("golden" if golden else selector),
         "curve": measured.curve_info(truth),
         "run": dict(summary),
@@ -99,6 +103,18 @@ def _likelihood(pool: Sequence[Sample]) -> np.ndarray | None:
     """Each answer's log-probability a token; None where an endpoint has not told it of every answer."""
     known = [s.logprob / max(1, s.tokens) for s in pool if s.logprob is not None]
     return np.array(known) if len(known) == len(pool) else None
+
+
+def _aligned(optimised: Mapping[str, Any] | None, sft: Group, samples: Callable[[], Group]) -> Group | None:
+    """The answers of the aligned policy; pi_SFT's own where it was published, so that nothing but the policy can differ."""
+    if optimised is None:
+        return None
+    return sft if optimised["published"] == "sft" else samples()
+
+
+def _kept_alarms(optimised: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The alarms of the policy that was published."""
+    return optimised["candidates"].get(optimised["published"], {}).get("alarms", []) if optimised else []
 
 
 def _controls(pool: Sequence[Sample], answers: Sequence[Demonstration]) -> dict[str, np.ndarray]:

@@ -1,11 +1,13 @@
 """How likely an answer is under a policy: summed token log-probabilities, in length-sorted batches."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from irlign.data.chat import IGNORED, Encoded, length_sorted_batches, pad
-from irlign.policy.load import Policy
+from irlign.data.chat import IGNORED, Encoded, Format, length_sorted_batches, pad
+from irlign.policy.load import Policy, load_policy
+from irlign.records import Sample
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 LOGITS = 2**30  # at most so many numbers in one batch of logits, whatever the vocabulary: 4 GiB
@@ -39,3 +41,12 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
 def mean_nll(policy: Policy, rows: Sequence[Encoded]) -> float:
     """Mean negative log-likelihood a completion token, in nats: the SFT loss over all rows together."""
     return float(-sequence_log_probs(policy, rows).sum() / sum(len(r.completion_ids) for r in rows))
+
+
+def answer_log_probs(policy: Path, samples: Sequence[Sample], *, chat_template: str) -> np.ndarray:
+    """log pi(y | x) of stored answers under the policy in a folder, in nats: EOS included where they finished, and only there. Shape
+    [len(samples)]."""
+    loaded = load_policy(str(policy))
+    rows = Format(loaded.tokenizer, chat_template).encode([s.prompt.content for s in samples], [s.completion for s in samples])
+    drawn = [row if s.finished else Encoded(row.prompt_ids, row.completion_ids[:-1]) for s, row in zip(samples, rows, strict=True)]
+    return sequence_log_probs(loaded, drawn)

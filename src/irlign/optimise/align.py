@@ -1,0 +1,209 @@
+"""The stage `optimise`: rounds of a method make candidates for the aligned policy, and the safety net publishes one of them or pi_SFT.
+
+Each round starts from the same policy again; what changes from round to round is whose answers it learns from: those of pi_SFT in the
+first, those of the round before in the others.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from irlign.files import read_json, read_table, remove, write_json
+from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.distill import train_distill, winners
+from irlign.optimise.label_free import FEWEST, judge_pool
+from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
+from irlign.optimise.weighted_sft import train_weighted_sft
+from irlign.policy.likelihood import answer_log_probs
+from irlign.progress import say
+from irlign.records import Demonstration, Sample
+from irlign.reward.load import score_all
+from irlign.runs import Run
+from irlign.sampling.engine import SamplingSettings
+from irlign.sampling.pools import draw_pool, read_pool
+from irlign.training import TrainerSettings
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [alignment-from-demonstrations, inverse-reinforcement-learning]
+---
+# aligned: a policy that needs no reward at inference
+
+{what} Made by irlign {version}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
+```
+Prompts are read in the chat template `{template}`. `optimise/choice.json` of its run says what was tried and how it was weighed.
+"""
+TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
+policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
+
+
+class OptimiseSettings(TrainerSettings):
+    """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
+
+    method: Literal["distill", "weighted-sft", "none"] = Field(
+        "distill",
+        description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; none: leave the stage out",
+    )
+    rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
+    winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
+    generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
+
+    @model_validator(mode="after")
+    def _one_round(self) -> "OptimiseSettings":
+        if self.method == "weighted-sft" and self.rounds > 1:
+            raise ValueError(
+                "a round learns from samples of the one before, and weighted-sft learns from demonstrations: leave optimise.rounds out"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stage works on: a run up to `bon`, the settings, `reward` (the one that selects), and the folder it builds in."""
+
+    run: Run
+    settings: OptimiseSettings
+    sampling: SamplingSettings
+    reward: str
+    chat_template: str
+    folder: Path
+    report_to: str = "none"
+
+    def samples(self, policy: str, *splits: str) -> list[Sample]:
+        return [s for s in read_pool(self.run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
+
+    def demonstrations(self, split: str) -> list[Demonstration]:
+        rows = map(Demonstration.from_row, read_table(self.run.path(f"data/{split}.parquet")))
+        return [d for d in rows if d.completion]
+
+    def round(self, number: int) -> Path:
+        """Where a round's policy, pools and log are built."""
+        return self.folder / "rounds" / str(number)
+
+    def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
+        """Samples of a round's policy, in `NAME.parquet` beside it."""
+        pool = self.round(number) / f"{name}.parquet"
+        about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
+        draw_pool(self.round(number) / "policy", wanted, self.sampling, folder=pool, **about)
+        return read_pool(pool)
+
+
+def won_answers(work: Work, number: int) -> list[Sample]:
+    """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
+    samples = work.samples("sft", "train")
+    if number > 1:
+        asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
+        samples = work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
+    prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
+    scores = score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)
+    return winners(samples, scores[work.reward], work.settings.winners)
+
+
+def demonstrated(work: Work, number: int) -> list[Demonstration]:
+    """The train demonstrations."""
+    return work.demonstrations("train")
+
+
+Method = tuple[Callable[..., dict[str, Any]], str, Callable[[Work, int], Sequence[Any]]]
+METHODS: dict[str, Method] = {  # how it trains, from which policy, on what
+    "distill": (train_distill, "sft", won_answers),
+    "weighted-sft": (train_weighted_sft, "init", demonstrated),
+}
+
+
+def align(work: Work, version: str) -> dict[str, Any]:
+    """Make the candidates, choose, and write policies/aligned, pools/aligned.parquet and optimise/choice.json below the work's folder.
+
+    Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
+    """
+    rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
+    learns = METHODS[work.settings.method][2] is won_answers
+    shown, about = work.demonstrations("dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
+    if not rows or rows[0]["judge"] is None:
+        choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
+    else:
+        sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
+        choice = _rounds(work, sft, shown)
+    choice = {**about, **choice, "demonstrations": len(shown)}
+    _publish(work, choice, version)
+    return choice
+
+
+def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str, Any]:
+    """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
+    train, start, rows_of = METHODS[work.settings.method]
+    wanted = [(p, work.settings.generations) for p in {s.prompt.prompt_id: s.prompt for s in work.samples("sft", "dev", "test")}.values()]
+    base = sft.measures(work.settings.generations)
+    found: list[Candidate] = []
+    kept = "no train prompt has a finished answer to learn from"
+    for number in range(1, work.settings.rounds + 1):
+        place = work.round(number)
+        if not (place / "log.json").exists():
+            if not (rows := rows_of(work, number)):
+                break
+            options: dict[str, Any] = {"chat_template": work.chat_template, "seed": work.run.seed, "report_to": work.report_to}
+            options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
+            write_json(place / "log.json", train(work.run.path("policies", start), rows, shown, work.settings, **options))
+        answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
+        found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
+        if alarms := found[-1].about["alarms"]:
+            say(f"optimise: {alarms[0]['name']}, so no further round is made")
+            break
+    few = [s for s in sft.samples if s.index < work.settings.generations]
+    nats = [answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init")]
+    return choice_of(found, {**base, "kl_initial": kl(Judged(few, np.zeros(len(few))), nats[0], nats[1])}, kept)
+
+
+def _weighed(
+    work: Work,
+    number: int,
+    answers: Sequence[Sample],
+    sft: Judged,
+    base: dict[str, float],
+    shown: Sequence[Demonstration],
+    earlier: Sequence[np.ndarray],
+) -> Candidate:
+    """A round's policy as a candidate: judged, with the KL it cost, and alarms."""
+    template = work.chat_template
+    logits, auc = judge_pool(work.run.path("policies/init"), answers, work.samples("init", "dev"), shown, chat_template=template)
+    assert logits is not None  # pi_SFT's answers were judged by the same demonstrations
+    judged = Judged(answers, logits)
+    policies = (work.round(number) / "policy", *(work.run.path("policies", name) for name in ("sft", "init")))
+    own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
+    gains, measures = judged_gains(judged, sft), judged.measures(work.settings.generations)
+    say(f"optimise: round {number}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
+    about = {**{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)}, **measures}
+    log = read_json(work.round(number) / "log.json")
+    return Candidate(
+        f"round-{number}", gains, {**about, "judge_auc": auc, "alarms": alarms_of(measures, base, gains, earlier), "training": log}
+    )
+
+
+def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
+    """The chosen policy with its card and its pool; pi_SFT's own where it is kept."""
+    name = choice["published"]
+    place = work.round(int(name.removeprefix("round-"))) if name != SFT else None
+    sources = (place / "policy", place / "pool.parquet") if place else (work.run.path("policies/sft"), work.run.path("pools/sft.parquet"))
+    for source, target in zip(sources, ("policies/aligned", "pools/aligned.parquet"), strict=True):
+        remove(work.folder / target)  # what a killed attempt may have left
+        shutil.copytree(source, work.folder / target)
+    what = f"The SFT policy of the run, unchanged: {choice['why']}."
+    if name != SFT:
+        own = choice["candidates"][name]
+        costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
+        learned = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
+        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
+    template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
+    (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")
+    write_json(work.folder / "optimise/choice.json", choice)

@@ -1,0 +1,119 @@
+"""Whether a policy may take pi_SFT's place: what the judge of held-out demonstrations says of it, the KL it cost, alarms, the choice.
+
+A policy that was trained toward a reward has learned the reward's mistakes too, and the reward cannot see them. So candidates are
+weighed by the judge of optimise/label_free.py on the dev prompts, paired with pi_SFT's answers, and pi_SFT stays where none is shown
+to be better. Pure functions of numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from irlign.optimise.label_free import ALPHA, lower_bounds
+from irlign.records import Sample
+from irlign.statistics import estimate
+
+LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers so many times as frequent
+SFT = "sft"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The dev answers of one policy, and the judge's logit of each. Shape [rows]."""
+
+    samples: Sequence[Sample]
+    logits: np.ndarray
+
+    def means(self, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+        """The mean of the values over each prompt's answers."""
+        found: dict[str, list[float]] = {}
+        for sample, value in zip(self.samples, values, strict=True):
+            found.setdefault(sample.prompt.prompt_id, []).append(float(value))
+        return {prompt_id: float(np.mean(of)) for prompt_id, of in found.items()}
+
+    def measures(self, generations: int) -> dict[str, float]:
+        """`tokens` of an answer, the share `finished`, and `distinct_answers`, the share among the first `generations` of a prompt."""
+        texts: dict[str, list[str]] = {}
+        for sample in self.samples:
+            if sample.index < generations:
+                texts.setdefault(sample.prompt.prompt_id, []).append(sample.completion)
+        return {
+            "tokens": float(np.mean([s.tokens for s in self.samples])),
+            "finished": float(np.mean([s.finished for s in self.samples])),
+            "distinct_answers": float(np.mean([len(set(of)) / len(of) for of in texts.values()])),
+        }
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy that may be published: the judge's gain of its answers over pi_SFT's at each dev prompt (shape [P]), and what choice.json
+    says of it."""
+
+    name: str
+    gains_P: np.ndarray
+    about: Mapping[str, Any]
+
+
+def judged_gains(candidate: Judged, sft: Judged) -> np.ndarray:
+    """The judge's mean gain of a candidate's answers over pi_SFT's at each prompt, in standard deviations of its logit over pi_SFT's
+    answers. Shape [P]."""
+    own, base = candidate.means(candidate.logits), sft.means(sft.logits)
+    return np.array([own[prompt_id] - base[prompt_id] for prompt_id in base]) / (float(np.std(sft.logits)) or 1.0)
+
+
+def kl(answers: Judged, own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any]:
+    """KL(policy || other) in nats an answer, `E_{y ~ policy}[log policy(y|x) - log other(y|x)]`, estimated from the policy's own answers:
+    the mean over prompts with its interval. Of the law as sampled only at temperature 1 without filters."""
+    return estimate(list(answers.means(own_B - other_B).values())).to_json()
+
+
+def alarms_of(
+    measures: Mapping[str, float], sft: Mapping[str, float], gains_P: np.ndarray, earlier: Sequence[np.ndarray]
+) -> list[dict[str, str]]:
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, and a judged gain that is
+    shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
+    """
+    found = []
+    if measures["tokens"] > LONGER * sft["tokens"]:
+        seen = f"{measures['tokens']:.0f} tokens an answer, and SFT's have {sft['tokens']:.0f}"
+        found.append(("the aligned policy's answers have grown", seen, "read the samples: the reward may pay for length"))
+    if measures["distinct_answers"] < FEWER * sft["distinct_answers"]:
+        seen = f"{measures['distinct_answers']:.0%} of a prompt's answers differ, and {sft['distinct_answers']:.0%} of SFT's"
+        found.append(
+            ("the aligned policy's answers repeat", seen, "lower optimise.num_train_epochs or learning_rate, or raise optimise.winners")
+        )
+    best = max([np.zeros_like(gains_P), *earlier], key=lambda of: float(of.mean()))
+    if lower_bounds((best - gains_P)[:, None])[0] > 0:
+        seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
+        found.append(("by the judge, the aligned policy turns down", seen, "no further round is made; lower optimise.rounds"))
+    return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
+
+
+def choose(candidates: Sequence[Candidate]) -> tuple[str, list[float]]:
+    """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), and
+    pi_SFT where no bound lies above 0."""
+    if not candidates:
+        return SFT, []
+    low_C = lower_bounds(np.stack([c.gains_P for c in candidates], axis=1), ALPHA / len(candidates))
+    best = int(low_C.argmax())
+    return candidates[best].name if low_C[best] > 0 else SFT, low_C.tolist()
+
+
+def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
+    """What choice.json says of the choice: `published` (the candidate's name, or `sft`), `why`, and `candidates`, pi_SFT first.
+
+    `kept` says why there is no candidate, where there is none.
+    """
+    published, low_C = choose(candidates)
+    count = f"{len(candidates)} candidates" if len(candidates) > 1 else "the one candidate"
+    why = {
+        True: f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}",
+        False: f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept",
+    }[published != SFT]
+    found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
+    for candidate, low in zip(candidates, low_C, strict=True):
+        found[candidate.name] = {"gain": {"mean": float(candidate.gains_P.mean()), "low": low}, **candidate.about}
+    prompts = len(candidates[0].gains_P) if candidates else 0
+    return {"published": published, "why": why if candidates else f"{kept}, so SFT is kept", "prompts": prompts, "candidates": found}

@@ -1,0 +1,137 @@
+"""The stage `optimise` on a small run: what it publishes where the judge sees a gain and where it sees none. The judge alone is
+a stand-in here: it is told what to see."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import small_recipe
+
+from irlign.config import load_recipe
+from irlign.errors import ConfigError
+from irlign.files import hash_path, read_table
+from irlign.optimise import align
+from irlign.pipeline import run, run_stage
+from irlign.recipe import Recipe
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aligned") / "run"
+    run_stage("bon", small_recipe(folder))
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """Say what the judge's logit of every answer of a candidate is, round by round."""
+
+    def sees(*logits):
+        rounds = iter(logits)
+        monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(rounds)), 0.9))
+
+    return sees
+
+
+def _choice(folder):
+    return json.loads((folder / "optimise/choice.json").read_text())
+
+
+def test_the_better_round_is_published_measured_and_shown(copied, judge):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    judge(50.0, 90.0)
+    results = run(small_recipe(copied, optimise={"rounds": 2}))
+    choice = _choice(copied)
+    assert choice["published"] == "round-2" and list(choice["candidates"]) == ["sft", "round-1", "round-2"]
+    assert results["optimise"] == choice and choice["reward"] in ("init-sft+likelihood", "likelihood")
+    own = choice["candidates"]["round-2"]
+    assert own["kl_sft"]["prompts"] == own["kl_initial"]["prompts"] == choice["prompts"] == 20 and own["training"]["rows"] <= 24
+    assert own["kl_sft"]["mean"] > 0 and own["gain"]["low"] > 0 and own["alarms"] == []
+    assert hash_path(copied / "policies/aligned" / WEIGHTS) != hash_path(copied / "policies/sft" / WEIGHTS)
+    rows = read_table(copied / "pools/aligned.parquet")
+    assert {(r["split"], r["index"]) for r in rows} == {(split, i) for split in ("dev", "test") for i in range(2)}
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(copied / "policies/aligned"),
+        AutoTokenizer.from_pretrained(copied / "policies/aligned"),
+    )
+    assert model.generate(**tokenizer("How do I fix my bike?", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
+    card = (copied / "policies/aligned/README.md").read_text()
+    assert "`distill` (round 2)" in card and f"{own['kl_sft']['mean']:.1f} nats" in card
+
+    golden = results["golden"]
+    assert golden["aligned"]["prompts"] == 8 and set(golden["aligned_best_of_n"]) == {"1", "2"}
+    assert golden["aligned_best_of_n"]["1"]["mean"] == pytest.approx(golden["aligned"]["mean"])
+    tests = {(t["a"], t["b"]): t["mean_difference"] for t in results["tests"]}
+    for other in ("sft", "initial"):
+        assert tests["aligned", other] == pytest.approx(golden["aligned"]["mean"] - golden[other]["mean"])
+    assert results["headline"][0].startswith("The aligned policy (distill), one answer and no reward at inference, ")
+    html = (copied / "report.html").read_text()
+    assert "<span>Aligned, one answer</span>" in html and "<th>aligned</th>" in html and "<h4>Aligned</h4>" in html
+    assert "round 2 is published" in html and "best of n of its own answers" in html
+
+
+def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
+    judge(-50.0, 90.0)  # the second round is never made: the first sets off an alarm
+    results = run(small_recipe(copied, optimise={"rounds": 3}))
+    choice = _choice(copied)
+    assert choice["published"] == "sft" and list(choice["candidates"]) == ["sft", "round-1"]
+    assert "turns down" in choice["candidates"]["round-1"]["alarms"][0]["name"]
+    assert hash_path(copied / "policies/aligned" / WEIGHTS) == hash_path(copied / "policies/sft" / WEIGHTS)
+    assert "unchanged" in (copied / "policies/aligned/README.md").read_text()
+    assert results["golden"]["aligned"] == results["golden"]["sft"] and set(results["golden"]["aligned_best_of_n"]) == {"1", "2", "4"}
+    assert next(t for t in results["tests"] if (t["a"], t["b"]) == ("aligned", "sft"))["mean_difference"] == 0
+    assert results["headline"][0].startswith("The aligned policy is SFT itself: the judge does not show the one candidate to beat SFT")
+    assert not any("turns down" in alarm["name"] and "aligned" in alarm["name"] for alarm in results["alarms"])
+    html = (copied / "report.html").read_text()
+    assert "<th>aligned</th>" not in html and "<h4>Aligned</h4>" not in html and "SFT is published" in html
+
+
+def test_none_leaves_the_stage_out_and_takes_back_what_it_published(copied, judge):
+    judge(50.0)
+    run_stage("optimise", small_recipe(copied))
+    assert (copied / "policies/aligned" / WEIGHTS).is_file()
+    results = run(small_recipe(copied, optimise={"method": "none"}))
+    assert not any((copied / name).exists() for name in ("policies/aligned", "pools/aligned.parquet", "optimise"))
+    assert results["optimise"] is None and results["golden"]["aligned"] is None
+    assert not any("aligned" in (t["a"], t["b"]) for t in results["tests"]) and "ligned policy" not in results["headline"][0]
+    assert "The aligned policy" not in (copied / "report.html").read_text()
+
+
+def test_weighted_sft_starts_from_the_initial_policy(copied, judge):
+    judge(50.0)
+    run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
+    choice = _choice(copied)
+    assert (choice["method"], choice["reward"]) == ("weighted-sft", None) and choice["candidates"]["round-1"]["training"]["rows"] == 24
+    assert set(choice["candidates"]["round-1"]["training"]["dev_nll"]) == {"initial", "aligned"}
+
+
+def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, monkeypatch):
+    seen = []
+    won = align.won_answers
+    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *a: seen.append(won(*a)) or seen[-1]))
+    judge(50.0, 50.0)
+    run_stage("optimise", small_recipe(copied, optimise={"rounds": 2, "learning_rate": 1e-2}))
+    pool = {(s["prompt_id"], s["completion"]) for s in read_table(copied / "pools/sft.parquet") if s["split"] == "train"}
+    first, second = ({(s.prompt.prompt_id, s.completion) for s in rows} for rows in seen)
+    assert first <= pool and not second <= pool and {p for p, _ in first | second} <= {p for p, _ in pool}
+
+
+def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):
+    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *_: []))
+    run_stage("optimise", small_recipe(copied))
+    assert _choice(copied)["published"] == "sft" and "no train prompt has a finished answer" in _choice(copied)["why"]
+
+
+def test_weighted_sft_has_no_rounds(tmp_path):
+    with pytest.raises(ConfigError, match="learns from demonstrations"):
+        load_recipe(Recipe, small_recipe(tmp_path, optimise={"method": "weighted-sft", "rounds": 2}))

@@ -1,0 +1,89 @@
+"""The safety net on numbers whose truth is known: gains by hand, the level of the choice, each alarm."""
+
+import numpy as np
+import pytest
+
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, judged_gains, kl
+from irlign.records import Prompt, Sample
+
+P, Q = Prompt.of("p", "dev"), Prompt.of("q", "dev")
+
+
+def _judged(*answers):
+    """Answers of (prompt, text, tokens, logit), numbered within their prompt."""
+    seen: dict[str, int] = {}
+    samples = []
+    for prompt, text, tokens, _ in answers:
+        samples.append(Sample(prompt, seen.get(prompt.prompt_id, 0), text, "eos" if tokens < 9 else "length", tokens, -1.0))
+        seen[prompt.prompt_id] = seen.get(prompt.prompt_id, 0) + 1
+    return Judged(samples, np.array([logit for *_, logit in answers], dtype=float))
+
+
+def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
+    sft = _judged((P, "a", 2, 0.0), (P, "b", 2, 2.0), (Q, "c", 2, 4.0), (Q, "c", 2, 6.0))
+    own = _judged((Q, "d", 3, 6.0), (P, "e", 4, 3.0), (Q, "f", 9, 8.0))  # q comes first, and has two answers
+    spread = np.std([0, 2, 4, 6])
+    assert judged_gains(own, sft) == pytest.approx([(3 - 1) / spread, (7 - 5) / spread])
+    assert judged_gains(sft, sft) == pytest.approx([0, 0])
+    assert sft.measures(2) == pytest.approx({"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2})
+    assert sft.measures(1)["distinct_answers"] == 1  # among as many answers as the other has
+    assert own.measures(4) == pytest.approx({"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1})
+
+
+def test_kl_is_the_mean_log_ratio_over_prompts():
+    own = _judged((P, "a", 2, 0), (P, "b", 2, 0), (Q, "c", 2, 0))
+    cost = kl(own, np.array([-1.0, -2.0, -3.0]), np.array([-2.0, -5.0, -3.5]))
+    assert cost["mean"] == pytest.approx(((1 + 3) / 2 + 0.5) / 2) and cost["prompts"] == 2
+    assert kl(own, np.zeros(3), np.zeros(3))["mean"] == 0
+
+
+def _candidates(gains_C, prompts, seed):
+    rng = np.random.default_rng(seed)
+    return [Candidate(f"round-{k}", gain + rng.normal(size=prompts), {"alarms": []}) for k, gain in enumerate(gains_C, 1)]
+
+
+def test_what_is_no_better_is_published_in_at_most_one_run_of_twenty():
+    published = [choose(_candidates([0.0, 0.0, 0.0], 100, seed))[0] for seed in range(1000)]
+    assert np.mean([name != "sft" for name in published]) < 0.065  # 5 %, and the noise of 1000 runs
+    assert np.mean([choose(_candidates([-0.5], 100, seed))[0] == "sft" for seed in range(200)]) == 1
+
+
+def test_the_best_lower_bound_is_published():
+    assert choose(_candidates([0.3, 1.0, 0.6], 100, 0))[0] == "round-2"
+    wide = Candidate("wide", np.tile([6.0, -3.8], 50), {})  # a mean of 1.1, and hardly shown
+    narrow = Candidate("narrow", np.tile([0.9, 0.7], 50), {})
+    name, low = choose([wide, narrow])
+    assert name == "narrow" and low[1] > low[0]
+    assert choose([]) == ("sft", []) and choose([Candidate("still", np.zeros(30), {})])[0] == "sft"
+
+
+def test_more_candidates_ask_for_more():
+    one = Candidate("one", np.tile([1.05, -0.71], 50), {})  # 0.17 with a standard error of 0.088: shown alone, not among four
+    assert choose([one])[0] == "one" and choose([one, *_candidates([-1, -1, -1], 100, 0)])[0] == "sft"
+    assert choose([one])[1] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
+
+
+def test_each_alarm_goes_off_where_it_should():
+    sft, fine = {"tokens": 20.0, "distinct_answers": 0.8}, np.tile([0.4, 0.2], 20)
+    assert alarms_of({"tokens": 29.0, "distinct_answers": 0.41}, sft, fine, [fine - 0.1]) == []
+    grown, repeated, below, turned = (
+        alarms_of({"tokens": 31.0, "distinct_answers": 0.8}, sft, fine, []),
+        alarms_of({"tokens": 20.0, "distinct_answers": 0.39}, sft, fine, []),
+        alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, -fine, []),
+        alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, fine, [fine + 0.2, fine - 0.2]),
+    )
+    assert [a["name"].split("'s ")[-1] for a in grown + repeated] == ["answers have grown", "answers repeat"]
+    assert "turns down" in below[0]["name"] and "-0.30 sd, and was +0.00" in below[0]["seen"]
+    assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
+    noisy = np.random.default_rng(0).normal(size=40)
+    assert alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
+
+
+def test_choice_json_says_why():
+    sft = {"tokens": 20.0}
+    up, down = choice_of(_candidates([0.5], 100, 0), sft), choice_of(_candidates([0.0, -0.5], 100, 1), sft)
+    assert (up["published"], up["prompts"], list(up["candidates"])) == ("round-1", 100, ["sft", "round-1"])
+    assert up["candidates"]["round-1"]["gain"]["low"] > 0 and up["candidates"]["round-1"]["alarms"] == []
+    assert down["published"] == "sft" and "does not show 2 candidates to beat SFT" in down["why"] and len(down["candidates"]) == 3
+    none = choice_of([], {}, "there are too few")
+    assert none == {"published": "sft", "why": "there are too few, so SFT is kept", "prompts": 0, "candidates": {}}
