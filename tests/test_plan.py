@@ -40,8 +40,8 @@ def _stages(*changes, shape=SHAPE, speed=Speed(1e6, 4e6)):
 
 def test_every_stage_by_hand():
     found = _stages()
-    assert list(found) == ["init", "sft", "sample", "reward", "bon", "eval"]
-    sft, sample, reward, bon, evaluation = (found[name] for name in list(found)[1:])
+    assert list(found) == ["init", "sft", "sample", "reward", "bon", "optimise", "eval"]
+    sft, sample, reward, bon, optimise, evaluation = (found[name] for name in list(found)[1:])
     # 20 rows of 20 tokens twice; 30 dev rows scored before and after
     assert sft.trained == 2 * 20 * 20 and sft.read == 2 * 30 * 20
     assert sft.flops == SHAPE.trained(40, 20) + SHAPE.read(60, 20)
@@ -55,6 +55,10 @@ def test_every_stage_by_hand():
     # 208 candidates under the reward and two policies; the judge reads them, pi_0's 40, 30 demonstrations and 4 x 30 exchanged ones
     assert bon.read == (3 * 208 + 208 + 40 + 150) * 20
     assert bon.flops == SHAPE.read(208, 20, False) + 2 * SHAPE.read(208, 20) + SHAPE.read(398, 20, False)
+    # a winner of each of 10 train prompts; 26 prompts x 4 answers drawn; 30 answers under the reward and the likelihood, 80 on dev under
+    # three policies, 80 of pi_SFT under two; the judge reads 80, pi_0's 40 and the demonstrations
+    assert optimise.trained == 3 * 10 * 20 and optimise.generated == 26 * 4 * 15
+    assert optimise.read == (2 * 30 + 3 * 80 + 2 * 80 + 80 + 40 + 150) * 20
     assert evaluation.read == 2 * (12 + 6) * 20
 
 
@@ -111,7 +115,7 @@ def test_the_quickstart_in_a_moment_and_without_torch():
     *table, last = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     seconds, torch = last.split()
     assert float(seconds) < 3 and torch == "False"
-    assert [line.split()[0] for line in table[1:8]] == ["pretrain", "sft", "sample", "reward", "bon", "eval", "total"]
+    assert [line.split()[0] for line in table[1:9]] == ["pretrain", "sft", "sample", "reward", "bon", "optimise", "eval", "total"]
     assert "389 k parameters" in "\n".join(table) and "396 train, 60 dev, 120 test prompts" in "\n".join(table)
 
 

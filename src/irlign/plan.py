@@ -40,7 +40,7 @@ class Stage:
 def stages(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
     """Every stage that computes, in order. `backbone` is what the reward starts from or reads."""
     found = [_sample(recipe, sizes, shape, speed), _reward(recipe, sizes, backbone, speed), _bon(recipe, sizes, shape, backbone, speed)]
-    found.append(_eval(recipe, sizes, shape, backbone, speed))
+    found += [*_optimise(recipe, sizes, shape, backbone, speed), _eval(recipe, sizes, shape, backbone, speed)]
     stored = shape.parameters * shape.size
     if recipe.sft_model_name_or_path:
         sft = Stage("sft", memory=PROCESS, disk=stored)
@@ -139,6 +139,30 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
     memory = PROCESS + max(shape.scoring_memory(SCORING_TOKENS, True), backbone.scoring_memory(SCORING_TOKENS, False))
     disk = CANDIDATE_TOKEN * pool * _answer(recipe, sizes)
     return Stage("bon", 0.0, 0.0, read, flops, flops / (speed.full * SCORING), memory, disk)
+
+
+def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
+    """Every round of the method: what it learns from is drawn and scored, it trains, and its answers on dev and test are drawn, judged and
+    read under three policies; nothing where the judge has too few demonstrations."""
+    o, s, p, dev = recipe.optimise, recipe.sampling, sizes.prompts, sizes.rows["dev"]
+    if o.method == "none" or min(dev, p["dev"]) < FEWEST:
+        return []
+    answer, distilled, held_out = _answer(recipe, sizes), o.method == "distill", p["dev"] + p["test"]
+    length, own = sizes.prompt + answer, p["train"] * s.train_generations if distilled else 0
+    pools = [(held_out, held_out * o.generations)] * o.rounds + [(p["train"], own)] * (o.rounds - 1)
+    rows = p["train"] * min(o.winners, s.train_generations) if distilled else sizes.rows["train"]
+    judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
+    texts, weighed = own * o.rounds, 3 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
+    flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(
+        texts * bool(recipe.best_of_n.likelihood) + weighed, length
+    )
+    flops += shape.read(judged * o.rounds, length, False)
+    read = (texts * (_networks(recipe) + bool(recipe.best_of_n.likelihood)) + weighed + judged * o.rounds) * length
+    stage = _trained("optimise", o, rows * o.rounds, length, sizes.longest, shape, speed, read, flops)
+    drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
+    generated = sum(answers for _, answers in pools) * answer
+    seconds = None if s.engine != "transformers" else (stage.seconds or 0.0) + drawn / (speed.half * SAMPLING)
+    return [replace(stage, generated=generated, flops=stage.flops + drawn, seconds=seconds, disk=shape.parameters * shape.size)]
 
 
 def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:
