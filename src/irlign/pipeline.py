@@ -12,14 +12,16 @@ from typing import Any
 
 from irlign import __version__
 from irlign.data.checks import read_notes
+from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError, DataError, OverlongError
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.optimise.label_free import JUDGE
 from irlign.preflight import preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
-from irlign.records import SPLITS, Demonstration, Prompt, Sample
+from irlign.records import SPLITS, Demonstration, Prompt
 from irlign.runs import Run
+from irlign.sampling.pools import stored_samples
 
 Config = str | Path | Mapping[str, Any] | Recipe | None
 
@@ -79,8 +81,8 @@ def sft(recipe: Recipe, run: Run) -> None:
 
         return train_sft(
             run.path("policies/init"),
-            _demonstrations(run, "train"),
-            _demonstrations(run, "dev"),
+            stored_demonstrations(run, "train"),
+            stored_demonstrations(run, "dev"),
             recipe.sft,
             chat_template=recipe.data.chat_template,
             folder=folder / "policies/sft",
@@ -196,7 +198,11 @@ def bon(recipe: Recipe, run: Run) -> None:
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
 
-        pool, initial, answers = _pool(run, "sft", ("dev", "test")), _pool(run, "init", ("dev",)), _demonstrations(run, "dev")
+        pool, initial, answers = (
+            stored_samples(run, "sft", "dev", "test"),
+            stored_samples(run, "init", "dev"),
+            stored_demonstrations(run, "dev"),
+        )
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
         scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
         if weight:
@@ -456,9 +462,9 @@ def _answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Any],
     if recipe.preference_dataset_name and "preference" in recipe.reward.weights:
         held = {s: {p.prompt_id for p in _prompts(run) if p.split == s} for s in SPLITS}
         preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
-    sft, *worse = (_pool(run, name, (split,)) for name in ("sft", "init", *recipe.sft.kept))
+    sft, *worse = (stored_samples(run, name, split) for name in ("sft", "init", *recipe.sft.kept))
     init = [sample for pool in worse for sample in pool]
-    demonstrations = _demonstrations(run, split)
+    demonstrations = stored_demonstrations(run, split)
     return {c: answers_of(c, sft=sft, init=init, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}
 
 
@@ -484,21 +490,10 @@ def _inside(*paths: str) -> dict[str, str]:
     return {path: path for path in paths}
 
 
-def _demonstrations(run: Run, split: str) -> list[Demonstration]:
-    """The stored demonstrations of a split; prompts without an answer are left out."""
-    return [d for d in map(Demonstration.from_row, read_table(run.path(f"data/{split}.parquet"))) if d.completion]
-
-
 def _prompts(run: Run) -> list[Prompt]:
     """Every distinct prompt of the run, with its split."""
     rows = [Prompt.from_row(row) for split in SPLITS for row in read_table(run.path(f"data/{split}.parquet"))]
     return list({(p.split, p.prompt_id): p for p in rows}.values())
-
-
-def _pool(run: Run, name: str, splits: Sequence[str]) -> list[Sample]:
-    from irlign.sampling.pools import read_pool
-
-    return [s for s in read_pool(run.path(f"pools/{name}.parquet")) if s.prompt.split in splits]
 
 
 def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:

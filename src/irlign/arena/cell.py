@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from irlign import pipeline
+from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import Golden, load_golden
 from irlign.files import read_json, read_table, write_table
@@ -26,6 +27,7 @@ from irlign.reward.load import load_reward
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.train import RewardSettings
 from irlign.runs import Run, request_seed
+from irlign.sampling.pools import stored_samples
 
 BASE: dict[str, Any] = {  # the recipe of every cell; a setting overrides it
     "pretrain": {"learning_rate": 4e-3, "num_train_epochs": 3},
@@ -112,7 +114,7 @@ class Cell:
     @cached_property
     def pool(self) -> list[Sample]:
         """pi_SFT's answers to the dev and test prompts."""
-        return self.samples("sft", ("dev", "test"))
+        return self.samples("sft", "dev", "test")
 
     @cached_property
     def is_dev(self) -> np.ndarray:
@@ -132,13 +134,11 @@ class Cell:
         """Prompts and answers of the pool as a reward sees them."""
         return [sample.prompt.content for sample in self.pool], [scored_text(sample) for sample in self.pool]
 
-    def samples(self, policy: str, splits: Sequence[str]) -> list[Sample]:
-        from irlign.sampling.pools import read_pool
-
-        return [s for s in read_pool(self.run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
+    def samples(self, policy: str, *splits: str) -> list[Sample]:
+        return stored_samples(self.run, policy, *splits)
 
     def demonstrations(self, split: str) -> list[Demonstration]:
-        return [d for d in map(Demonstration.from_row, read_table(self.run.path(f"data/{split}.parquet"))) if d.completion]
+        return stored_demonstrations(self.run, split)
 
     def learned(self, name: str, changes: Mapping[str, Any], *, noise: float = 0.0, member: int = 0) -> np.ndarray:
         """The scores of a reward trained with these changes to the recipe's reward settings, in `rewards/NAME`. Shape [rows].
@@ -181,7 +181,7 @@ class Cell:
         return name
 
     def _pairs(self, settings: RewardSettings, split: str, noise: float) -> dict[str, Any]:
-        sides: dict[str, Any] = {policy: self.samples(policy, (split,)) for policy in ("init", "sft")}
+        sides: dict[str, Any] = {policy: self.samples(policy, split) for policy in ("init", "sft")}
         sides |= {"demonstrations": self.demonstrations(split), "preferences": ()}
         if "preference" in settings.weights:
             sides["preferences"] = self.preferences(split, noise)
@@ -193,7 +193,7 @@ class Cell:
         of the labels flipped. As many pairs as a contrast of the two pools gives. Only the rewards named `preference` see it."""
         golden = golden_of(self.recipe)
         by_prompt: dict[str, tuple[Prompt, list[str]]] = {}
-        for sample in [*self.samples("sft", (split,)), *self.samples("init", (split,))]:
+        for sample in [*self.samples("sft", split), *self.samples("init", split)]:
             by_prompt.setdefault(sample.prompt.prompt_id, (sample.prompt, []))[1].append(scored_text(sample))
         found = []
         for prompt, texts in by_prompt.values():
@@ -226,7 +226,7 @@ class Cell:
         def build(folder: Path) -> dict[str, Any]:
             options = {"chat_template": self.recipe.data.chat_template}
             judged, auc = judge_pool(
-                self.run.path("policies/init"), self.pool, self.samples("init", ("dev",)), self.demonstrations("dev"), **options
+                self.run.path("policies/init"), self.pool, self.samples("init", "dev"), self.demonstrations("dev"), **options
             )
             self._write_scores(folder, "judge", np.zeros(len(self.pool)) if judged is None else judged)
             return {"auc": auc}
@@ -265,4 +265,4 @@ class Cell:
 
     def tokens(self, split: str) -> int:
         """Tokens drawn for the pools of both policies on the prompts of a split."""
-        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, (split,)))
+        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, split))

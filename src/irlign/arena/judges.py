@@ -32,7 +32,7 @@ def _sides(cell: Cell, policy: str) -> tuple[Answers, Answers, Answers, Answers]
     groups = [
         [(s.prompt, scored_text(s)) for s in pool],
         [(d.prompt, ended(d.completion, True)) for d in shown],
-        [(s.prompt, scored_text(s)) for s in cell.samples("init", ("dev",))],
+        [(s.prompt, scored_text(s)) for s in cell.samples("init", "dev")],
         exchanged(shown),
     ]
     rows = [row for group in groups for row in group]

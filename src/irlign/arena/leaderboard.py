@@ -81,7 +81,7 @@ def measure(place: Place, rows: Sequence[str]) -> CellResult:
         golden = golden_of(recipe)
         values: dict[str, dict[str, Any]] = {}
         for pool in {pick.pool for pick in picks.values()}:
-            samples = cell.samples(pool, ("test",))
+            samples = cell.samples(pool, "test")
             texts = [s.prompt.content for s in samples], [s.completion for s in samples]
             values[pool] = {"golden": score_golden(golden, *texts, "golden"), "samples": samples}
         test = cell.demonstrations("test")

@@ -15,7 +15,9 @@ from irlign.data.demonstrations import (
     without_repeats,
 )
 from irlign.errors import DataError
+from irlign.files import read_table
 from irlign.records import Demonstration
+from irlign.runs import Run
 
 Splits = dict[str, list[Demonstration]]
 
@@ -62,3 +64,8 @@ def load_splits(
         notes[prompt_dataset]["added_prompts"] = len(extra)
     shared = guard_overlap(splits, settings.allow_overlap)
     return splits, notes | ({"overlap": {"rows": shared}} if shared else {})
+
+
+def stored_demonstrations(run: Run, split: str) -> list[Demonstration]:
+    """The demonstrations of a run's split; prompts without an answer are left out. Raises RunError where the file is damaged."""
+    return [d for d in map(Demonstration.from_row, read_table(run.path(f"data/{split}.parquet"))) if d.completion]

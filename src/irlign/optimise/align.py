@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
@@ -25,7 +26,7 @@ from irlign.records import Demonstration, Sample
 from irlign.reward.load import score_all
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
-from irlign.sampling.pools import draw_pool, read_pool
+from irlign.sampling.pools import draw_pool, read_pool, stored_samples
 from irlign.training import TrainerSettings
 
 CARD = """---
@@ -80,13 +81,6 @@ class Work:
     folder: Path
     report_to: str = "none"
 
-    def samples(self, policy: str, *splits: str) -> list[Sample]:
-        return [s for s in read_pool(self.run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
-
-    def demonstrations(self, split: str) -> list[Demonstration]:
-        rows = map(Demonstration.from_row, read_table(self.run.path(f"data/{split}.parquet")))
-        return [d for d in rows if d.completion]
-
     def round(self, number: int) -> Path:
         """Where a round's policy, pools and log are built."""
         return self.folder / "rounds" / str(number)
@@ -101,7 +95,7 @@ class Work:
 
 def won_answers(work: Work, number: int) -> list[Sample]:
     """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
-    samples = work.samples("sft", "train")
+    samples = stored_samples(work.run, "sft", "train")
     if number > 1:
         asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
         samples = work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
@@ -112,7 +106,7 @@ def won_answers(work: Work, number: int) -> list[Sample]:
 
 def demonstrated(work: Work, number: int) -> list[Demonstration]:
     """The train demonstrations."""
-    return work.demonstrations("train")
+    return stored_demonstrations(work.run, "train")
 
 
 Method = tuple[Callable[..., dict[str, Any]], str, Callable[[Work, int], Sequence[Any]]]
@@ -129,7 +123,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
     """
     rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
     learns = METHODS[work.settings.method][2] is won_answers
-    shown, about = work.demonstrations("dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
+    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
     else:
@@ -143,7 +137,10 @@ def align(work: Work, version: str) -> dict[str, Any]:
 def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str, Any]:
     """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
     train, start, rows_of = METHODS[work.settings.method]
-    wanted = [(p, work.settings.generations) for p in {s.prompt.prompt_id: s.prompt for s in work.samples("sft", "dev", "test")}.values()]
+    wanted = [
+        (p, work.settings.generations)
+        for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
+    ]
     base = sft.measures(work.settings.generations)
     found: list[Candidate] = []
     kept = "no train prompt has a finished answer to learn from"
@@ -176,7 +173,9 @@ def _weighed(
 ) -> Candidate:
     """A round's policy as a candidate: judged, with the KL it cost, and alarms."""
     template = work.chat_template
-    logits, auc = judge_pool(work.run.path("policies/init"), answers, work.samples("init", "dev"), shown, chat_template=template)
+    logits, auc = judge_pool(
+        work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=template
+    )
     assert logits is not None  # pi_SFT's answers were judged by the same demonstrations
     judged = Judged(answers, logits)
     policies = (work.round(number) / "policy", *(work.run.path("policies", name) for name in ("sft", "init")))

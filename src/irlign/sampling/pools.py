@@ -11,7 +11,7 @@ from irlign.errors import GuardError, memory_errors
 from irlign.files import read_table, write_table
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
-from irlign.runs import request_seed
+from irlign.runs import Run, request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
 
 DRAWN = ".drawn.jsonl"  # answers that were paid for and whose part is not stored yet
@@ -85,6 +85,11 @@ def _row(sample: Sample, seed: int, settings: SamplingSettings) -> dict[str, Any
 def read_pool(folder: Path) -> list[Sample]:
     """The samples of a stored pool, in order. Raises RunError where a part is damaged."""
     return [Sample.from_row(row) for row in read_table(folder)]
+
+
+def stored_samples(run: Run, policy: str, *splits: str) -> list[Sample]:
+    """The samples of a run's policy for the prompts of these splits, in order. Raises RunError where a part is damaged."""
+    return [s for s in read_pool(run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
 
 
 def pool_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
