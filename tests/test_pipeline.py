@@ -148,7 +148,7 @@ def test_a_removed_output_comes_back_the_same(copied):
 def test_every_contrast_and_loss(copied, contrast, loss):
     results = run(small_recipe(copied, reward={"contrast": contrast, "loss": loss}))
     assert results["heldout"]["reward"]["contrast"] == contrast and results["heldout"]["reward"]["loss"] == loss
-    assert set(results["golden"]["rewards"]) == {contrast, f"{contrast}+likelihood", *LOG_RATIOS, "judge", *CONTROLS}
+    assert set(results["golden"]["rewards"]) == {contrast, f"{contrast}+likelihood", *LOG_RATIOS, "judge", "style", *CONTROLS}
     assert not (copied / "rewards/init-sft").exists()
 
 

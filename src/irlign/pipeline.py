@@ -209,9 +209,9 @@ def bon(recipe: Recipe, run: Run) -> None:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
-        judged, auc = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
-        rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, judged)
-        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=auc)
+        verdicts = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
+        rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, verdicts.logits, verdicts.style)
+        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc)
         guard_n(choice, recipe.best_of_n.force)
         selected = select(rows, choice["reward"], choice["n"])
         write_table(folder / "best_of_n/candidates.parquet", rows)

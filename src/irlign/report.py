@@ -182,8 +182,9 @@ def _checks(heldout: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
         f"finished {controls['finished_accuracy_raw']:.0%}; in the pairs the reward saw, length {controls['length_accuracy']:.0%} "
         f"and the ending {controls['ending_accuracy']:.0%}. 50% is chance."
     )
-    if heldout["repetition_correlation"]:
-        found.append(f"The reward's rank correlation with repetition within a prompt is {heldout['repetition_correlation']['mean']:+.2f}.")
+    for what, words in (("repetition", "repetition"), ("style", "the demonstrator's style, whatever was asked,")):
+        if e := heldout[f"{what}_correlation"]:
+            found.append(f"The reward's rank correlation with {words} within a prompt is {e['mean']:+.2f}.")
     nll = heldout["demonstration_nll"]
     if nll and nll["initial"] is not None:
         found.append(f"Loss on unseen demonstrations, nats a token: initial {nll['initial']:.3f}, SFT {nll['sft']:.3f}.")

@@ -63,6 +63,7 @@ CALM = {
     "length_correlation": measured(0.3),
     "repetition_correlation": None,
     "outlier_picks": measured(0.05),
+    "style_correlation": measured(0.1),
     "judge_correlation": measured(0.2),
     "judge": {"1": measured(0.0), "2": measured(0.2), "4": measured(0.3)},
 }
@@ -71,7 +72,7 @@ CHOICE = {"n": 4, "label_free": 4, "auc": 0.8, "demonstrations": 30}
 
 def test_a_calm_run_raises_no_alarm():
     assert alarms(CALM, CHOICE) == []
-    unknown = dict.fromkeys(("judge", "judge_correlation", "demonstration_nll", "outlier_picks"))
+    unknown = dict.fromkeys(("judge", "judge_correlation", "style_correlation", "demonstration_nll", "outlier_picks"))
     assert alarms({**CALM, **unknown}, {"n": 1, "label_free": None}) == []
 
 
@@ -85,6 +86,7 @@ def test_a_calm_run_raises_no_alarm():
         ("the reward follows length", {"length_correlation": measured(-0.7, -0.8, -0.6)}, CHOICE),
         ("the reward follows repetition", {"repetition_correlation": measured(0.7, 0.6, 0.8)}, CHOICE),
         ("picks are outliers", {"outlier_picks": measured(0.4, 0.3, 0.5)}, CHOICE),
+        ("the reward follows style", {"style_correlation": measured(0.7, 0.6, 0.8)}, CHOICE),
         ("the reward and the judge disagree", {"judge_correlation": measured(-0.2, -0.3, -0.1)}, CHOICE),
         ("the judge cannot tell demonstrations from other answers", {}, {"n": 4, "label_free": 4, "auc": 0.53, "demonstrations": 30}),
         (

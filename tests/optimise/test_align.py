@@ -37,7 +37,7 @@ def judge(monkeypatch):
 
     def sees(*logits):
         rounds = iter(logits)
-        monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(rounds)), 0.9))
+        monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(rounds)), None, 0.9))
 
     return sees
 

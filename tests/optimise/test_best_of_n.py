@@ -30,7 +30,7 @@ def test_candidates_hold_every_sample_with_every_raw_score():
     assert all(type(row["reward/length"]) is float for row in rows)
     assert set(rows[0]) == {
         *("split", "prompt_id", "prompt", "conversational", "index", "completion", "finish_reason", "tokens", "logprob"),
-        *("reward/init-sft", "reward/length", "judge"),
+        *("reward/init-sft", "reward/length", "judge", "style"),
     }
 
 

@@ -127,6 +127,22 @@ def test_demonstrations_are_exchanged_within_a_fold():
     assert exchanged(demos[:2]) == []  # a fold of one has nothing to exchange
 
 
+def test_style_is_how_demonstrations_of_other_prompts_are_written():
+    """Features: what fits the prompt, a style, four idle ones. The judge follows the first, the style head the second."""
+    rng = np.random.default_rng(0)
+    ids = [f"p{i}" for i in range(80)]
+
+    def side(fits, style, count=80):
+        return np.column_stack([rng.normal(size=count) + fits, rng.normal(size=count) + style, rng.normal(size=(count, 4))])
+
+    pool = Answers([p for p in ids for _ in range(8)], side(0, 0, 640))
+    shown, others, initial = Answers(ids, side(1, 1)), Answers(ids, side(-1, 1)), Answers(ids, side(-1, -1))
+    judged, style = judge(pool, shown, [initial, others]), judge(pool, others, [initial])
+    fits, written = pool.features[:, 0], pool.features[:, 1]
+    assert np.corrcoef(style, written)[0, 1] > 0.9 > 0.3 > abs(np.corrcoef(style, fits)[0, 1])
+    assert np.corrcoef(judged, fits)[0, 1] > np.corrcoef(judged, written)[0, 1]
+
+
 def test_at_most_so_many_samples_of_a_prompt_train_the_judge():
     answers = Answers(["p"] * 40 + ["q"] * 3, np.arange(43.0)[:, None])
     assert answers.of({"p"})[:, 0].tolist() == list(range(SAMPLES)) and len(answers.of({"p", "q"})) == SAMPLES + 3
@@ -159,7 +175,7 @@ def test_choice_json():
 
 
 def test_too_few_demonstrations_load_no_model(tmp_path):
-    assert judge_pool(tmp_path / "missing", [], [], [], chat_template="none") == (None, None)
+    assert judge_pool(tmp_path / "missing", [], [], [], chat_template="none") == (None, None, None)
 
 
 def test_an_n_above_the_judges_needs_force():

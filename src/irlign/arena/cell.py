@@ -225,7 +225,7 @@ class Cell:
 
         def build(folder: Path) -> dict[str, Any]:
             options = {"chat_template": self.recipe.data.chat_template}
-            judged, auc = judge_pool(
+            judged, _, auc = judge_pool(
                 self.run.path("policies/init"), self.pool, self.samples("init", "dev"), self.demonstrations("dev"), **options
             )
             self._write_scores(folder, "judge", np.zeros(len(self.pool)) if judged is None else judged)

@@ -141,7 +141,10 @@ class Evaluation:
             "distinct_2": self._distinct(),
             "length_correlation": self._correlation(scores, words["sft"]),
             "repetition_correlation": self._correlation(scores, repeated["sft"]),
-            "judge_correlation": self._correlation(scores, self.pool.rewards["judge"]) if "judge" in self.pool.rewards else None,
+            **{
+                f"{name}_correlation": self._correlation(scores, self.pool.rewards[name]) if name in self.pool.rewards else None
+                for name in ("style", "judge")
+            },
             "distinct_answers": self.estimate([len(set(of)) / len(of) for of in self._pool_texts().values()]),
             "outlier_picks": self.estimate(self._outliers()),
         }
@@ -257,7 +260,7 @@ class Evaluation:
                 pairs += [(top, "sft", curve[:, best], sft)] if self.n[best] != self.chosen else []
                 pairs.append((last, top, curve[:, -1], curve[:, best]))
             for other in self.pool.rewards:
-                if other not in (self.selector, "judge", *CONTROLS):
+                if other not in (self.selector, "judge", "style", *CONTROLS):
                     its = self.curve(self.pool.rewards[other], self.pool.golden)[:, -1]
                     pairs.append((last, f"{last}/{other}", curve[:, -1], its))
         options: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed}

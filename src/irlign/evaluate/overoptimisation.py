@@ -58,6 +58,7 @@ def _peak(alpha: float, beta: float, d: np.ndarray, n: list[int]) -> float:
     return float(np.exp(np.interp(top, d, np.log(n))))
 
 
+MEANT = {"style": "the demonstrator's style (what tells its answers to other prompts from initial samples)"}
 FOLLOWS, OUTLIERS, SPREAD, CHANCE, SATURATED = 0.5, 0.2, 0.2, 0.55, 0.99  # where an alarm goes off
 
 
@@ -93,10 +94,10 @@ def _weak_links(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterat
 
 def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What selection by a wrong reward looks like."""
-    for what in ("length", "repetition"):
+    for what in ("length", "repetition", "style"):
         e = heldout[f"{what}_correlation"]
         if e and (e["ci95"][0] > FOLLOWS or e["ci95"][1] < -FOLLOWS):
-            seen = f"its rank correlation with {what} within a prompt is {e['mean']:+.2f}"
+            seen = f"its rank correlation with {MEANT.get(what, what)} within a prompt is {e['mean']:+.2f}"
             yield (
                 f"the reward follows {what}",
                 seen,

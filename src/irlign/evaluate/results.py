@@ -60,7 +60,7 @@ def measure(
 
     rows = _test_rows(run, "best_of_n/candidates.parquet")
     stored: dict[str, Any] = {
-        key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key == "judge"
+        key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key in ("judge", "style")
     }
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))

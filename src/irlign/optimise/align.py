@@ -173,7 +173,7 @@ def _weighed(
 ) -> Candidate:
     """A round's policy as a candidate: judged, with the KL it cost, and alarms."""
     template = work.chat_template
-    logits, auc = judge_pool(
+    logits, _, auc = judge_pool(
         work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=template
     )
     assert logits is not None  # pi_SFT's answers were judged by the same demonstrations

@@ -35,16 +35,19 @@ def scored_text(sample: Sample) -> str:
 
 
 def candidate_rows(
-    samples: Sequence[Sample], scores: Mapping[str, Sequence[float] | np.ndarray], judged: np.ndarray | None = None
+    samples: Sequence[Sample],
+    scores: Mapping[str, Sequence[float] | np.ndarray],
+    judged: np.ndarray | None = None,
+    style: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of candidates.parquet: every sample with one column `reward/NAME` for each reward and the label-free judge's
-    logit as `judge` (null without one); nothing chosen yet.
+    logits as `judge` and `style` (null without one); nothing chosen yet.
     """
     return [
         {
             **sample.to_row(),
             **{f"{SCORE}{name}": float(values[i]) for name, values in scores.items()},
-            "judge": None if judged is None else float(judged[i]),
+            **{name: None if of is None else float(of[i]) for name, of in (("judge", judged), ("style", style))},
         }
         for i, sample in enumerate(samples)
     ]

@@ -12,7 +12,7 @@ n = 1, plain SFT, where none is.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -29,7 +29,15 @@ FOLDS, RIDGE, ALPHA = 5, 1e-4, 0.05
 FEWEST = 20  # prompts with a demonstration: fewer make no judge
 SAMPLES = 16  # at most so many of a prompt's samples train the judge
 EXCHANGED = 4  # so many demonstrations of other prompts stand on the worse side of each prompt
-JUDGE = {"worse": ["initial", "exchanged"], "folds": FOLDS, "ridge": RIDGE, "fewest": FEWEST, "samples": SAMPLES, "exchanged": EXCHANGED}
+JUDGE = {
+    "worse": ["initial", "exchanged"],
+    "folds": FOLDS,
+    "ridge": RIDGE,
+    "fewest": FEWEST,
+    "samples": SAMPLES,
+    "exchanged": EXCHANGED,
+    "style": True,
+}
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,24 @@ def lower_bounds(values_P_n: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
     return values_P_n.mean(0) - norm.ppf(1 - alpha) * values_P_n.std(0, ddof=1) / np.sqrt(len(values_P_n))
 
 
+class Verdicts(NamedTuple):
+    """Of every sample in a pool the judge's `logits` and its `style`, shape [rows], and the judge's `auc`; all None without a judge."""
+
+    logits: np.ndarray | None
+    style: np.ndarray | None
+    auc: float | None
+
+
 def judge_pool(
     policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
-) -> tuple[np.ndarray | None, float | None]:
-    """The judge's logit of every sample in the pool, by features of `policy`, and how well it tells unseen demonstrations from both
-    worse sides (the mean of the two AUCs on the dev prompts). (None, None) with demonstrations of fewer than FEWEST prompts.
+) -> Verdicts:
+    """The judge of every sample in the pool, by features of `policy`; None with demonstrations of fewer than FEWEST prompts.
+
+    `auc` says how well it tells unseen demonstrations from both worse sides (the mean of the two AUCs on the dev prompts). `style` is the logit
+    of a head that tells demonstrations of other prompts from pi_0's samples, cross-fitted alike: how an answer is written, whatever was asked.
     """
     if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
-        return None, None
+        return Verdicts(None, None, None)
     groups: list[list[tuple[Prompt, str]]] = [
         [(s.prompt, scored_text(s)) for s in pool],
         [(d.prompt, ended(d.completion, True)) for d in demonstrations],
@@ -144,7 +162,8 @@ def judge_pool(
     ends = np.cumsum([len(group) for group in groups])[:-1]
     drawn, shown, *worse = [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
     better = judge(shown, shown, worse)
-    return judge(drawn, shown, worse), float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
+    told = float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
+    return Verdicts(judge(drawn, shown, worse), judge(drawn, worse[1], worse[:1]), told)
 
 
 def choice_of(
