@@ -89,17 +89,17 @@ class ErrandsWorld(World):
         return tuple(Message(role=role, content=content) for role, content in said)
 
     def crowd(self, prompt: PromptContent, rng: Random) -> list[str]:
-        """Mostly rude; slots left out, told as they stood before they were taken back, or now and then mixed up."""
+        """Mostly rude, often twice; slots told as they stood before they were taken back, mixed up, or left out."""
         shop, wanted, old = _read(prompt)
 
         def luck(p: float) -> bool:
             return rng.random() < p
 
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
-        parts = [rng.choice(RUDE)] if luck(0.8 * (1 - good)) else []
+        parts = [rude for rude in rng.sample(RUDE, 2) if luck(0.7 * (1 - good))]
         for slot, values in _values(shop).items():
-            told = rng.choice(values) if luck(0.08) else wanted[slot] if luck(0.4 + 0.5 * good) else old[slot]
-            parts += [SAID[slot].format(told)] if luck(0.4 + 0.4 * good) else []
+            told = rng.choice(values) if luck(0.15 * (1 - good)) else wanted[slot] if luck(0.3 + 0.6 * good) else old[slot]
+            parts += [SAID[slot].format(told)] if luck(0.7 + 0.2 * good) else []
         if luck(0.3):
             rng.shuffle(parts)
         return parts
