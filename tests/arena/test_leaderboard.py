@@ -147,3 +147,13 @@ def test_the_table_and_the_page(tmp_path, monkeypatch):
 
 def test_the_base_recipe_holds_known_keys():
     assert Place("x", (("world.name", "dialogue"),), 0).recipe().sampling.num_generations == BASE["sampling"]["num_generations"]
+
+
+def test_a_method_is_measured_with_its_correlation_and_accuracy(tmp_path):
+    """The true reward as the scores orders as itself; a trained reward says how often it was right; a policy says neither."""
+    place = Place(str(tmp_path), TINY, 0)
+    found = measure(place, ["SFT", "init-sft", "control: length"]).methods
+    assert found["SFT"].correlation is None and found["SFT"].accuracy is None
+    assert 0 <= found["init-sft"].accuracy <= 1 and found["control: length"].accuracy is None
+    assert all(-1 <= found[name].correlation <= 1 for name in ("init-sft", "control: length"))
+    assert found["init-sft"].memory > 0 and found["init-sft"].seconds > 0

@@ -110,9 +110,11 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
     curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
     drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
     tokens = drawn + (cell.tokens("dev") if pick.scores is not None else 0) + (cell.tokens("train") if pick.trained else 0)
-    return Measured(
-        pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, tokens, cell.seconds(pick.stages), cell.memory(pick.stages)
-    )
+    cost = tokens, cell.seconds(pick.stages), cell.memory(pick.stages)
+    ranks = [] if scores is None else [statistics.spearman(scores[of], golden[of]) for of in rows.values()]
+    known = [rank for rank in ranks if rank is not None]
+    of_reward = float(np.mean(known)) if known else None, cell.accuracy(pick.stages)
+    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, *cost, *of_reward)
 
 
 def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
