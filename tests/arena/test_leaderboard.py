@@ -149,11 +149,11 @@ def test_the_base_recipe_holds_known_keys():
     assert Place("x", (("world.name", "dialogue"),), 0).recipe().sampling.num_generations == BASE["sampling"]["num_generations"]
 
 
-def test_a_method_is_measured_with_its_correlation_and_accuracy(tmp_path):
-    """The true reward as the scores orders as itself; a trained reward says how often it was right; a policy says neither."""
-    place = Place(str(tmp_path), TINY, 0)
-    found = measure(place, ["SFT", "init-sft", "control: length"]).methods
+def test_a_method_is_measured_with_its_correlation_and_accuracy(tmp_path, monkeypatch):
+    """Where the true reward is the length, length follows it wholly; a trained reward says how often it was right; a policy says neither."""
+    monkeypatch.setattr("irlign.worlds.dialogue.DialogueWorld.golden", staticmethod(lambda prompts, texts: [float(len(t)) for t in texts]))
+    found = measure(Place(str(tmp_path), TINY, 0), ["SFT", "init-sft", "control: length"]).methods
     assert found["SFT"].correlation is None and found["SFT"].accuracy is None
-    assert 0 <= found["init-sft"].accuracy <= 1 and found["control: length"].accuracy is None
-    assert all(-1 <= found[name].correlation <= 1 for name in ("init-sft", "control: length"))
+    assert found["control: length"].correlation == pytest.approx(1.0) and found["control: length"].accuracy is None
+    assert -1 <= found["init-sft"].correlation < 1 and 0 <= found["init-sft"].accuracy <= 1
     assert found["init-sft"].memory > 0 and found["init-sft"].seconds > 0
