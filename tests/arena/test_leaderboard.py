@@ -150,10 +150,10 @@ def test_the_base_recipe_holds_known_keys():
 
 
 def test_a_method_is_measured_with_its_correlation_and_accuracy(tmp_path, monkeypatch):
-    """Where the true reward is the length, length follows it wholly; a trained reward says how often it was right; a policy says neither."""
+    """Where the true reward is the length, length follows it (a cut answer is scored by its whole sentences); a trained reward says how often it was right; a policy says neither."""
     monkeypatch.setattr("irlign.worlds.dialogue.DialogueWorld.golden", staticmethod(lambda prompts, texts: [float(len(t)) for t in texts]))
     found = measure(Place(str(tmp_path), TINY, 0), ["SFT", "init-sft", "control: length"]).methods
     assert found["SFT"].correlation is None and found["SFT"].accuracy is None
-    assert found["control: length"].correlation == pytest.approx(1.0) and found["control: length"].accuracy is None
-    assert -1 <= found["init-sft"].correlation < 1 and 0 <= found["init-sft"].accuracy <= 1
+    assert found["control: length"].correlation > 0.8 and found["control: length"].accuracy is None
+    assert -1 <= found["init-sft"].correlation < 0.8 and 0 <= found["init-sft"].accuracy <= 1
     assert found["init-sft"].memory > 0 and found["init-sft"].seconds > 0
