@@ -161,7 +161,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     stage = _trained("optimise", o, rows * o.rounds, length, sizes.longest, shape, speed, read, flops)
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
     generated = sum(answers for _, answers in pools) * answer
-    seconds = None if s.engine != "transformers" else (stage.seconds or 0.0) + drawn / (speed.half * SAMPLING)
+    seconds = (stage.seconds or 0.0) + drawn / (speed.half * SAMPLING)  # drawn here whatever the engine: no endpoint knows this policy
     return [replace(stage, generated=generated, flops=stage.flops + drawn, seconds=seconds, disk=shape.parameters * shape.size)]
 
 

@@ -86,10 +86,10 @@ class Work:
         return self.folder / "rounds" / str(number)
 
     def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
-        """Samples of a round's policy, in `NAME.parquet` beside it."""
+        """Samples of a round's policy, in `NAME.parquet` beside it. Its weights are here and no endpoint knows it, so they are drawn here."""
         pool = self.round(number) / f"{name}.parquet"
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
-        draw_pool(self.round(number) / "policy", wanted, self.sampling, folder=pool, **about)
+        draw_pool(self.round(number) / "policy", wanted, self.sampling.model_copy(update={"engine": "transformers"}), folder=pool, **about)
         return read_pool(pool)
 
 

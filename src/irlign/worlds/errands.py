@@ -96,10 +96,10 @@ class ErrandsWorld(World):
             return rng.random() < p
 
         good = rng.betavariate(1.3, 2.0)  # how good this writer is, 0 to 1
-        parts = [rude for rude in rng.sample(RUDE, 2) if luck(0.7 * (1 - good))]
+        parts = [rude for rude in rng.sample(RUDE, 2) if luck(0.8 * (1 - good))]
         for slot, values in _values(shop).items():
             told = rng.choice(values) if luck(0.15 * (1 - good)) else wanted[slot] if luck(0.3 + 0.6 * good) else old[slot]
-            parts += [SAID[slot].format(told)] if luck(0.7 + 0.2 * good) else []
+            parts += [SAID[slot].format(told)] if luck(0.65 + 0.2 * good) else []
         if luck(0.3):
             rng.shuffle(parts)
         return parts
