@@ -3,7 +3,19 @@
 import numpy as np
 
 from irlign.arena.cell import Cell, Place
-from irlign.arena.judges import BY, SELECTORS, STOPPING, WAYS, gao, lower_bound, not_beaten, stopping_table, two_sample
+from irlign.arena.judges import (
+    BY,
+    SELECTORS,
+    STOPPING,
+    WAYS,
+    gao,
+    lower_bound,
+    not_beaten,
+    one_error,
+    simplest,
+    stopping_table,
+    two_sample,
+)
 from irlign.runs import Run
 from tests.arena.test_leaderboard import TINY
 
@@ -20,10 +32,13 @@ def test_the_rules_by_hand():
     assert (lower_bound([1, 2, 4], rising), not_beaten([1, 2, 4], rising)) == (2, 4)
     level = gains((1.0, 0.0), (0.9, 0.2))  # lower by less than is shown
     assert (lower_bound([1, 2, 4], level), not_beaten([1, 2, 4], level)) == (2, 4)
+    assert (one_error([1, 2, 4], rising), simplest([1, 2, 4], rising)) == (2, 2)  # 1.1 - 0.2 / sqrt(3) = 0.98; 0.1 is within 0.12
+    steep = gains((1.0, 0.0), (1.2, 0.2))
+    assert (one_error([1, 2, 4], steep), simplest([1, 2, 4], steep)) == (4, 4)  # 1.2 - 0.12 = 1.08; 0.2 is not within 0.12
     fallen = gains((1.0, 0.0), (0.7, 0.2))
     assert (lower_bound([1, 2, 4], fallen), not_beaten([1, 2, 4], fallen)) == (2, 2)
     unshown = gains((0.1, 1.0), (0.2, 1.0))
-    assert (lower_bound([1, 2, 4], unshown), not_beaten([1, 2, 4], unshown), gao([1, 2, 4], unshown)) == (1, 1, 1)
+    assert {rule([1, 2, 4], unshown) for rule in (lower_bound, not_beaten, gao, one_error, simplest)} == {1}
 
 
 def test_gaos_law_stops_at_its_peak():

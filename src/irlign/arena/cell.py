@@ -39,7 +39,7 @@ QUICK: dict[str, Any] = {  # over it, for a look at whether everything runs
     "world": {"corpus_lines": 3000, "demonstrations": 100, "dev_prompts": 30, "test_prompts": 40},
     "sampling": {"num_generations": 8, "train_generations": 2},
 }
-Setting = Mapping[str, Any]  # dotted recipe keys and their values, such as {"world.heterogeneity": 0}
+Setting = Mapping[str, Any]  # dotted recipe keys and their values, such as {"world.heterogeneity": 0}; "as" is a name for the whole
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Place:
         if self.config:
             recipe = self._settings()
             return ", ".join(Path(name).stem for name in (recipe.model_name_or_path, recipe.dataset_name) if name) or str(recipe.world)
+        if "as" in dict(self.setting):
+            return f"{dict(self.setting)['world.name']}, {dict(self.setting)['as']}"
         words = [f"{key.removeprefix('world.').replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]
         return ", ".join([str(dict(self.setting)["world.name"]), *words])
 
@@ -68,7 +70,7 @@ class Place:
             return Path(self.root) / self.name.replace(", ", "-") / f"seed-{self.seed}"
         base = Place(self.root, (("world.name", dict(self.setting)["world.name"]),), self.seed, self.quick)
         own, its = self._settings().model_dump(), base._settings().model_dump()
-        changed = tuple((key, value) for key, value in self.setting if key == "world.name" or _at(own, key) != _at(its, key))
+        changed = tuple((key, value) for key, value in self.setting if key in ("as", "world.name") or _at(own, key) != _at(its, key))
         return Path(self.root) / replace(self, setting=changed).name.replace(", ", "-").replace(" ", "_") / f"seed-{self.seed}"
 
     def recipe(self) -> Recipe:
@@ -83,6 +85,8 @@ class Place:
             values[section] = {**values.get(section, {}), **of}
         values |= {"seed": self.seed}
         for key, value in self.setting:
+            if key == "as":
+                continue
             section, _, name = key.rpartition(".")
             values[section] = {**values.get(section, {}), name: value} if section else value
         return as_recipe(values)

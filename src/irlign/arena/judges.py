@@ -20,6 +20,7 @@ from irlign.reward.contrasts import ended
 from irlign.reward.features import policy_features
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
+ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
 Judge = Callable[[Cell], np.ndarray]  # a value of each dev row of the pool, higher is better
 Rule = Callable[[Sequence[int], np.ndarray], int]  # n and the judged gains, shape [P, n], to one n
 
@@ -64,6 +65,20 @@ def lower_bound(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The best one-sided 95 % lower bound, where that gain is shown for all n together."""
     best = int(lower_bounds(gains_P_n).argmax())
     return n[best] if lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1))[best] > 0 else 1
+
+
+def one_error(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+    """The best mean less one standard error, among the gains that are shown for all n together."""
+    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    return n[int(np.where(shown_n, lower_bounds(gains_P_n, ONE_ERROR), 0.0).argmax())]
+
+
+def simplest(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+    """The smallest shown n whose gain lies within one standard error of the highest (the one-standard-error rule, paired)."""
+    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    best = int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())
+    near = [k for k in range(1, best + 1) if shown_n[k] and lower_bounds(gains_P_n[:, [best]] - gains_P_n[:, [k]], ONE_ERROR)[0] <= 0]
+    return n[near[0]] if near else 1
 
 
 def not_beaten(n: Sequence[int], gains_P_n: np.ndarray) -> int:
@@ -115,6 +130,8 @@ JUDGE = heldout("initial", "exchanged")
 WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge": chosen_by(JUDGE),
     "judge (lower bound)": chosen_by(JUDGE, lower_bound),
+    "judge (mean less one error)": chosen_by(JUDGE, one_error),
+    "judge (smallest within one error)": chosen_by(JUDGE, simplest),
     "judge (largest not beaten)": chosen_by(JUDGE, not_beaten),
     "judge (Gao's law)": chosen_by(JUDGE, gao),
     "judge without exchanged": chosen_by(heldout("initial")),

@@ -35,6 +35,16 @@ def dial(world: str, key: str, values: Sequence[Any], **fixed: Any) -> list[Sett
 
 
 WORLDS = ("dialogue", "arithmetic", "errands")
+OVER_OPTIMISED: Setting = {  # few demonstrations in a style of their own, a reward trained hard, a long curve
+    "as": "over-optimised",
+    "world.name": "dialogue",
+    "world.heterogeneity": 1.0,
+    "world.demonstrations": 100,
+    "sft.num_train_epochs": 10,
+    "sampling.train_generations": 2,
+    "reward.learning_rate": 3e-3,
+    "reward.num_train_epochs": 8,
+}
 LABELS = f"{CHOSEN},init-sft,likelihood,preference*,init-sft with preference (labels)"
 STUDIES: Mapping[str, Study] = {
     "reference": Study(
@@ -44,8 +54,7 @@ STUDIES: Mapping[str, Study] = {
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
     ),
     "stopping": Study(
-        [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))]
-        + dial("dialogue", "world.demonstrations", (25, 100), **{"world.heterogeneity": 1.0}),
+        [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))] + [OVER_OPTIMISED],
         "100..104",
         f"{CHOSEN},* by *",
         "ways to choose n without labels, on development seeds",
