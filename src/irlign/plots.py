@@ -8,6 +8,7 @@ import numpy as np
 
 INK = "#010203"  # replaced by the page's text colour
 COLOURS = ("#2f6fde", "#d98324", "#7a8694", "#8e5bd0", "#2a9d76")
+MARKERS = ("o", "s", "^", "D", "v")  # where the colours come round again
 POINTS = 3000  # at most so many dots in a scatter
 
 
@@ -54,7 +55,7 @@ def methods_svg(n: Sequence[int], rows: Sequence[Mapping[str, Any]], sources: Ma
 
 
 def settings_svg(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward."""
+    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward; the first stands out."""
     figure, axes = _figure((7.2, 4.4))
     names = [row["method"] for row in next(iter(settings.values())) if len(row["curve"]) > 1]
     for i, name in enumerate(names):
@@ -63,7 +64,8 @@ def settings_svg(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         mean = np.array([row["gain"]["mean"] for row in found])
         low, high = np.array([row["gain"]["ci95"] for row in found]).T
         style = ":" if found[0]["what"] == "control" else "--" if found[0]["what"] == "labelled" else "-"
-        axes.errorbar(x, mean, [mean - low, high - mean], color=COLOURS[i % len(COLOURS)], ls=style, lw=1, marker="o", ms=3, label=name)
+        look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)], "ls": style}
+        axes.errorbar(x, mean, [mean - low, high - mean], **look, lw=2 if i == 0 else 0.7, ms=5 if i == 0 else 3.5, label=name)
     axes.axhline(0, color=INK, lw=0.8)
     axes.set_xticks(range(len(settings)), list(settings), rotation=12, ha="right", fontsize=7)
     axes.set_ylabel("golden gain over SFT")
