@@ -8,7 +8,8 @@ from small import small_recipe
 
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.pipeline import run
-from irlign.report import write_report, write_seeds
+from irlign.report import write_report
+from irlign.seeds import write_seeds
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ def run(config: Config = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
     preflight(recipe)
     if recipe.seeds is not None:
-        from irlign.report import write_seeds
+        from irlign.seeds import write_seeds
 
         root, results = Path(recipe.output_dir), {}
         for seed in recipe.seeds:
