@@ -73,6 +73,7 @@ NO_TORCH = {
         "optimise/safety_net",
         "optimise/align",
         "evaluate/metrics",
+        "evaluate/headline",
         "evaluate/overoptimisation",
         "evaluate/results",
         "data/readers",

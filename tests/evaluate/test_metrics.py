@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
+from irlign.evaluate.headline import headline
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
 
 SETTINGS = EvaluationSettings(resamples=500)
 

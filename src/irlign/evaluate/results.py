@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from irlign.evaluate.golden import Golden, score_golden
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group, headline
+from irlign.evaluate.headline import headline
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
 from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample

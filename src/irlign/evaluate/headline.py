@@ -1,0 +1,111 @@
+"""The answer in a few sentences, as the numbers of results.json say it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
+    """The comparison of a with b, or None."""
+    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
+
+
+def verdict(test: Mapping[str, Any]) -> str:
+    """ "better", "worse" or "unclear": on which side of 0 the 95 % interval lies."""
+    low, high = test["ci95"]
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """The answer in a few sentences, as the numbers say it: the aligned policy first, then the chosen n, then what the whole pool would
+    have given."""
+    aligned = _aligned(results)
+    last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
+    n = choice["n"] if choice else last
+    how = ", n chosen without labels," if choice and choice["label_free"] == n and choice.get("given") is None else ""
+    kept = _kept(choice) if choice and n == 1 else ""
+    if golden is None:
+        return [*aligned, *([kept] if kept else []), *_without_golden(results, n, how)]
+    if kept:
+        lines = [f"{kept} {_forgone(results, last)}"] if last > 1 else [kept]
+    else:
+        lines = [_compared(results, k, how if k == n else "") for k in dict.fromkeys((n, last)) if k > 1]
+    best = results["curve"]["best_n"]
+    top, end = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(last)]["mean"]
+    if top - end > 1e-9:  # a flat curve has its top anywhere
+        fall = find_test(results, f"best_of_{last}", "sft" if best == 1 else f"best_of_{best}")
+        assert fall is not None
+        lines.append(
+            f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {last} ({end:.2f}): "
+            + ("past it the reward is over-optimised. " if verdict(fall) == "worse" else f"a fall within the noise {_ci(fall['ci95'])}. ")
+            + "That n is seen with the golden reward only; nothing in the run chose it."
+        )
+    if (first := find_test(results, "sft", "initial")) is not None:
+        words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
+        lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
+    return [*aligned, *lines]
+
+
+def _aligned(results: Mapping[str, Any]) -> list[str]:
+    """What was published as the aligned policy; nothing where no policy was optimised."""
+    choice = results.get("optimise")
+    if not choice:
+        return []
+    if choice["published"] == "sft":
+        return [f"The aligned policy is SFT itself: {choice['why'].removesuffix(', so SFT is kept')}."]
+    own = choice["candidates"][choice["published"]]
+    policy, cost = f"The aligned policy ({choice['method']})", f"for {own['kl_sft']['mean']:.1f} nats of KL an answer"
+    gain, test = own["gain"], find_test(results, "aligned", "sft")
+    if test is None:
+        judged = f"{gain['mean']:+.2f} standard deviations from SFT's (at least {gain['low']:+.2f}) on {choice['prompts']} dev prompts"
+        return [f"{policy} was chosen without labels: a judge of held-out demonstrations puts its answers {judged}, {cost}."]
+    words = {"better": "beats SFT by", "worse": "is worse than SFT:", "unclear": "is not shown to beat SFT:"}[verdict(test)]
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
+    return [f"{policy}, one answer and no reward at inference, {words} {amount}, {cost}."]
+
+
+def _kept(choice: Mapping[str, Any]) -> str:
+    """Why there is no selection: the judge saw no gain, or what else the choice says."""
+    if choice["label_free"] == 1:
+        return "The label-free judge shows no gain, so SFT is kept."
+    return f"SFT is kept: {choice['why'].removesuffix(', so SFT is kept')}."
+
+
+def _forgone(results: Mapping[str, Any], n: int) -> str:
+    """What Best-of-n would have done, seen with the golden reward only."""
+    test = find_test(results, f"best_of_{n}", "sft")
+    assert test is not None
+    words = {"better": "would have gained", "worse": "would have lost", "unclear": "would not have been shown to gain:"}[verdict(test)]
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])}"
+    return f"By {results['golden']['name']} Best-of-{n} {words} {amount}, over {test['prompts']} test prompts."
+
+
+def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
+    test = find_test(results, f"best_of_{n}", "sft")
+    assert test is not None
+    amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
+    return {
+        "better": f"Best-of-{n}{how} beats SFT by {amount}.",
+        "worse": f"Best-of-{n}{how} is worse than SFT: {amount}. Use the SFT policy, or a smaller n.",
+        "unclear": f"Best-of-{n}{how} is not shown to beat SFT: {amount}.",
+    }[verdict(test)]
+
+
+def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
+    auc, length, judged = (results["heldout"][key] for key in ("reward_auc", "length_auc", "judge"))
+    what = f"Best-of-{n}{how} beats" if n > 1 else f"Best-of-{results['curve']['n'][-1]} would beat"
+    lines = [f"There is no golden reward, so whether {what} SFT is not shown here."]
+    if judged and n > 1:
+        gain = judged[str(n)]
+        lines.append(
+            f"A judge of held-out demonstrations puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
+            f"deviations from SFT's, on {gain['prompts']} test prompts."
+        )
+    lines.append(
+        f"On unseen prompts the reward puts SFT answers above initial ones in {auc['mean']:.0%} {_ci(auc['ci95'], '.0%')} of the pairs; "
+        f"length alone does in {length['mean']:.0%}. Read the samples before you trust it."
+    )
+    return lines
+
+
+def _ci(interval: Sequence[float], form: str = ".2f") -> str:
+    return f"[{interval[0]:{form}}, {interval[1]:{form}}]"
