@@ -62,6 +62,8 @@ def test_shares_are_ratios_of_sums_over_runs():
 def test_rows_are_named_by_patterns():
     assert rows_named(None) == list(methods.METHODS)
     assert rows_named("log-ratio*") == ["initial policy", "SFT", "log-ratio", "log-ratio a token"]
+    assert rows_named("three*") == ["initial policy", "SFT", "three contrasts mean", "three contrasts mean+likelihood"]
+    assert rows_named("init-demo by *lower*") == ["initial policy", "SFT", "init-demo by judge (lower bound)"]
     with pytest.raises(ConfigError, match="no method is called 'magic'"):
         rows_named("init-sft,magic")
 

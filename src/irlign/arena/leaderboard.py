@@ -66,10 +66,13 @@ def rows_named(patterns: str | None) -> list[str]:
     if not patterns:
         return list(METHODS)
     wanted = [pattern.strip() for pattern in patterns.split(",")]
+    found = {"initial policy", "SFT"}
     for pattern in wanted:
-        if not fnmatch.filter(KNOWN, pattern):
+        matched = fnmatch.filter(STOPPING if BY in pattern else METHODS, pattern)
+        if not matched:
             raise ConfigError(f"no method is called {pattern!r}", where="--rows", do=f"known: {'; '.join(KNOWN)}")
-    return [m for m in KNOWN if m in ("initial policy", "SFT") or any(fnmatch.fnmatch(m, pattern) for pattern in wanted)]
+        found |= {*matched}
+    return [name for name in KNOWN if name in found]
 
 
 def measure(place: Place, rows: Sequence[str]) -> CellResult:
