@@ -1,7 +1,7 @@
 """Ways to choose n without labels, side by side: judges of other kinds and other rules, as methods of the arena.
 
 Each row is Best-of-n by one reward with n chosen in one way, so that the table's regret says how near that way comes to the best n.
-What `irlign run` uses is `judge` with the rule `highest` (optimise/label_free.py). The page is docs/studies/stopping.md.
+What `irlign run` uses is `judge` with the rule `highest` (optimise/label_free.py). `irlign arena stopping` compares them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

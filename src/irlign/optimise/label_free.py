@@ -122,7 +122,7 @@ def choose_n(n: Sequence[int], gains_P_n: np.ndarray, looks: int | None = None) 
     default all n but the first); n = 1 where there is none.
 
     The best lower bound would stop too soon: the noise of the judged gain grows with n, so that a curve that still rises loses its
-    bound; the largest n that no other is shown to beat would stop too late where the reward is over-optimised (docs/studies/stopping.md).
+    bound; the largest n that no other is shown to beat would stop too late where the reward is over-optimised (`irlign arena stopping`).
     """
     shown_n = lower_bounds(gains_P_n, ALPHA / max(1, looks or len(n) - 1)) > 0
     return n[int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())]
