@@ -134,6 +134,11 @@ def test_ones_own_recipe_is_a_cell(tmp_path, monkeypatch):
     monkeypatch.setattr("irlign.arena.studies.preflight", lambda recipe: None)
     with pytest.raises(ConfigError, match="the recipe has none"):
         run_study("reference", tmp_path, config=str(own))
+    with pytest.raises(ConfigError, match="--quick has small cells of its own"):
+        run_study("reference", tmp_path, config=str(own), quick=True)
+    world = tmp_path / "world.yaml"
+    world.write_text("world: dialogue\n")
+    assert Place(str(tmp_path), (), 3, config=str(world)).folder == tmp_path / "world/seed-3"
     with pytest.raises(ConfigError, match="give --config"):
         run_study("reference", tmp_path, overrides=["sft.learning_rate=1"])
 

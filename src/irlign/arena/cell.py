@@ -57,7 +57,7 @@ class Place:
         """The setting in words, `dialogue, heterogeneity 0`; of one's own recipe the model and the data."""
         if self.config:
             recipe = self._settings()
-            return ", ".join(Path(name).stem for name in (recipe.model_name_or_path, recipe.dataset_name) if name) or str(recipe.world)
+            return ", ".join(Path(name).stem for name in (recipe.model_name_or_path, recipe.dataset_name) if name) or Path(self.config).stem
         if "as" in dict(self.setting):
             return f"{dict(self.setting)['world.name']}, {dict(self.setting)['as']}"
         words = [f"{key.removeprefix('world.').replace('_', ' ')} {value}" for key, value in self.setting if key != "world.name"]

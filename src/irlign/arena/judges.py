@@ -14,10 +14,7 @@ from scipy.spatial.distance import cdist
 from irlign.arena.cell import Cell
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
 from irlign.evaluate.overoptimisation import fit_gao
-from irlign.optimise.best_of_n import scored_text
-from irlign.optimise.label_free import ALPHA, Answers, choose_n, exchanged, judge, judged_curve, lower_bounds
-from irlign.reward.contrasts import ended
-from irlign.reward.features import policy_features
+from irlign.optimise.label_free import ALPHA, Answers, choose_n, judge, judged_curve, lower_bounds, sides_of
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
@@ -26,22 +23,11 @@ Rule = Callable[[Sequence[int], np.ndarray], int]  # n and the judged gains, sha
 
 
 @lru_cache(maxsize=2)
-def _sides(cell: Cell, policy: str) -> tuple[Answers, Answers, Answers, Answers]:
+def _sides(cell: Cell, policy: str) -> list[Answers]:
     """The pool's dev answers, dev demonstrations, pi_0's answers and exchanged demonstrations, by frozen features of `policy`."""
     pool = [s for s, own in zip(cell.pool, cell.is_dev, strict=True) if own]
-    shown = cell.demonstrations("dev")
-    groups = [
-        [(s.prompt, scored_text(s)) for s in pool],
-        [(d.prompt, ended(d.completion, True)) for d in shown],
-        [(s.prompt, scored_text(s)) for s in cell.samples("init", "dev")],
-        exchanged(shown),
-    ]
-    rows = [row for group in groups for row in group]
-    texts = [p.content for p, _ in rows], [text for _, text in rows]
-    features = policy_features(cell.run.path("policies", policy), *texts, chat_template=cell.recipe.data.chat_template, name="judges")
-    parts = np.split(features, np.cumsum([len(group) for group in groups])[:-1])
-    pooled, demonstrated, initial, other = (Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, parts, strict=True))
-    return pooled, demonstrated, initial, other
+    shown, initial, template = cell.demonstrations("dev"), cell.samples("init", "dev"), cell.recipe.data.chat_template
+    return sides_of(cell.run.path("policies", policy), pool, initial, shown, chat_template=template)
 
 
 def heldout(*worse: str, features: str = "init") -> Judge:
@@ -61,21 +47,26 @@ def by(scores: Scores) -> Judge:
     return lambda cell: scores(cell)[cell.is_dev]
 
 
+def _shown(n: Sequence[int], gains_P_n: np.ndarray) -> np.ndarray:
+    """Which gains are shown to be above 0, for all n together (Bonferroni). Shape [n]."""
+    return lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+
+
 def lower_bound(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The best one-sided 95 % lower bound, where that gain is shown for all n together."""
     best = int(lower_bounds(gains_P_n).argmax())
-    return n[best] if lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1))[best] > 0 else 1
+    return n[best] if _shown(n, gains_P_n)[best] else 1
 
 
 def one_error(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The best mean less one standard error, among the gains that are shown for all n together."""
-    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    shown_n = _shown(n, gains_P_n)
     return n[int(np.where(shown_n, lower_bounds(gains_P_n, ONE_ERROR), 0.0).argmax())]
 
 
 def simplest(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The smallest shown n whose gain lies within one standard error of the highest (the one-standard-error rule, paired)."""
-    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    shown_n = _shown(n, gains_P_n)
     best = int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())
     near = [k for k in range(1, best + 1) if shown_n[k] and lower_bounds(gains_P_n[:, [best]] - gains_P_n[:, [k]], ONE_ERROR)[0] <= 0]
     return n[near[0]] if near else 1
@@ -83,7 +74,7 @@ def simplest(n: Sequence[int], gains_P_n: np.ndarray) -> int:
 
 def not_beaten(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat."""
-    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    shown_n = _shown(n, gains_P_n)
     for k in reversed(range(1, len(n))):
         if shown_n[k] and (lower_bounds(gains_P_n[:, :k] - gains_P_n[:, k : k + 1]) <= 0).all():
             return n[k]
@@ -94,7 +85,7 @@ def gao(n: Sequence[int], gains_P_n: np.ndarray) -> int:
     """The largest n not beyond the peak of Gao's law fitted to the judged curve; 1 unless that gain is shown."""
     fit = fit_gao(gains_P_n, list(n), np.array([kl_bound(k) for k in n]), resamples=100)
     at = [k for k in n if fit is not None and k <= fit.peak_n * (1 + 1e-9)][-1:] or [1]
-    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+    shown_n = _shown(n, gains_P_n)
     return at[0] if shown_n[list(n).index(at[0])] else 1
 
 
@@ -126,7 +117,7 @@ def two_sample(cell: Cell, scores: np.ndarray) -> int:
     return n[int(np.argmin(distances))]
 
 
-JUDGE = heldout("initial", "exchanged")
+JUDGE = by(Cell.judged)
 WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge": chosen_by(JUDGE),
     "judge (lower bound)": chosen_by(JUDGE, lower_bound),

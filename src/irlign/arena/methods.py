@@ -12,7 +12,7 @@ import numpy as np
 
 from irlign.arena.cell import Cell
 from irlign.optimise.label_free import choose, judged_curve
-from irlign.reward.controls import CONTROLS, controls
+from irlign.reward.controls import CONTROLS, by_prompt, controls
 from irlign.reward.ensemble import combine, standardised
 from irlign.reward.publish import held_to_likelihood
 from irlign.statistics import spread_within
@@ -120,10 +120,7 @@ def control(name: str) -> Scores:
     """Length, chance, or the cosine to the demonstration of the very prompt (oracle-like)."""
 
     def scores(cell: Cell) -> np.ndarray:
-        answers: dict[str, list[str]] = {}
-        for split in ("dev", "test"):
-            for d in cell.demonstrations(split):
-                answers.setdefault(d.prompt.prompt_id, []).append(d.completion)
+        answers = by_prompt([*cell.demonstrations("dev"), *cell.demonstrations("test")])
         return controls(*cell.texts, answers)[name]
 
     return scores

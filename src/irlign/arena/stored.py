@@ -24,7 +24,7 @@ from irlign.reward.features import Features, LogisticHead
 from irlign.statistics import estimate
 
 FOLDS, RIDGE, WIDTH, MATCHED = 5, 1e-4, 8192, 0.1  # MATCHED: lengths within 10 % of each other
-FEWEST = 20  # prompts with both sides
+FEWEST = 20  # answers of either model
 
 
 @dataclass(frozen=True)

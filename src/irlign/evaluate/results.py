@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.splits import stored_demonstrations
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.headline import headline
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
@@ -12,7 +13,7 @@ from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.controls import controls, length
+from irlign.reward.controls import by_prompt, controls, length
 from irlign.reward.load import score_all
 from irlign.runs import Run
 
@@ -65,7 +66,7 @@ def measure(
     }
     stored = {name: values for name, values in stored.items() if values[0] is not None}
     pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
-    answers = [d for d in map(Demonstration.from_row, read_table(run.path("data/test.parquet"))) if d.completion]
+    answers = stored_demonstrations(run, "test")
     from_sft = drawn(pool, {**stored, **_controls(pool, answers)})
     measured = Evaluation(
         initial=drawn(initial),
@@ -120,10 +121,7 @@ def _kept_alarms(optimised: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 def _controls(pool: Sequence[Sample], answers: Sequence[Demonstration]) -> dict[str, np.ndarray]:
     """What length, chance and the demonstration itself (oracle-like) would select from the pool."""
-    demonstrations: dict[str, list[str]] = {}
-    for answer in answers:
-        demonstrations.setdefault(answer.prompt.prompt_id, []).append(answer.completion)
-    return controls([s.prompt.content for s in pool], [ended(s.completion, s.finished) for s in pool], demonstrations)
+    return controls([s.prompt.content for s in pool], [ended(s.completion, s.finished) for s in pool], by_prompt(answers))
 
 
 def shown(content: PromptContent) -> str:

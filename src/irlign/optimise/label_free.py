@@ -121,8 +121,8 @@ def choose_n(n: Sequence[int], gains_P_n: np.ndarray, looks: int | None = None) 
     """The n with the highest mean gain among those whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by
     default all n but the first); n = 1 where there is none.
 
-    The best lower bound would stop too soon: the noise of the judged gain grows with n, so that a curve that still rises loses its
-    bound; the largest n that no other is shown to beat would stop too late where the reward is over-optimised (`irlign arena stopping`).
+    The mean and not its lower bound is compared, since the noise of the judged gain grows with n, so that a curve that still rises loses
+    its bound. `irlign arena stopping` compares this rule with others.
     """
     shown_n = lower_bounds(gains_P_n, ALPHA / max(1, looks or len(n) - 1)) > 0
     return n[int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())]
@@ -151,6 +151,16 @@ def judge_pool(
     """
     if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
         return Verdicts(None, None, None)
+    drawn, shown, *worse = sides_of(policy, pool, initial, demonstrations, chat_template=chat_template)
+    better = judge(shown, shown, worse)
+    told = float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
+    return Verdicts(judge(drawn, shown, worse), judge(drawn, worse[1], worse[:1]), told)
+
+
+def sides_of(
+    policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
+) -> list[Answers]:
+    """By frozen features of `policy`: the pool, the demonstrations, pi_0's samples, and demonstrations of other prompts."""
     groups: list[list[tuple[Prompt, str]]] = [
         [(s.prompt, scored_text(s)) for s in pool],
         [(d.prompt, ended(d.completion, True)) for d in demonstrations],
@@ -160,10 +170,7 @@ def judge_pool(
     rows = [row for group in groups for row in group]
     features = policy_features(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
     ends = np.cumsum([len(group) for group in groups])[:-1]
-    drawn, shown, *worse = [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
-    better = judge(shown, shown, worse)
-    told = float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
-    return Verdicts(judge(drawn, shown, worse), judge(drawn, worse[1], worse[:1]), told)
+    return [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
 
 
 def choice_of(

@@ -3,12 +3,12 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
-from irlign.records import PromptContent, prompt_identity
+from irlign.records import Demonstration, PromptContent, prompt_identity
 
 ORACLE_LIKE = "cosine (oracle-like)"  # it reads the demonstration of the very prompt, so it is no reward anyone could use
 CONTROLS = ("length", "random", ORACLE_LIKE)
@@ -23,6 +23,14 @@ def chance(prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.n
     """A number between 0 and 1 from a hash of prompt and answer: random, and the same for the same answer. Shape [len(prompts)]."""
     keys = [f"{prompt_identity(p)}\n{text}".encode("utf-8", "surrogatepass") for p, text in zip(prompts, completions, strict=True)]
     return np.array([int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48 for key in keys])
+
+
+def by_prompt(demonstrations: Iterable[Demonstration]) -> dict[str, list[str]]:
+    """The answers of the demonstrations by prompt id, as `cosine` takes them."""
+    found: dict[str, list[str]] = {}
+    for d in demonstrations:
+        found.setdefault(d.prompt.prompt_id, []).append(d.completion)
+    return found
 
 
 def cosine(prompts: Sequence[PromptContent], completions: Sequence[str], demonstrations: Mapping[str, Sequence[str]]) -> np.ndarray:
