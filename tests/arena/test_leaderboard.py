@@ -8,7 +8,8 @@ import pytest
 from irlign.arena import leaderboard as board
 from irlign.arena import methods
 from irlign.arena.cell import BASE, Cell, Place
-from irlign.arena.leaderboard import CellResult, Measured, cells_of, measure, rows_named, table
+from irlign.arena.leaderboard import CellResult, Measured, measure, rows_named, table
+from irlign.arena.page import cells_of
 from irlign.arena.studies import STUDIES, run_study
 from irlign.errors import ConfigError
 from irlign.runs import Run

@@ -5,7 +5,7 @@ Cells run side by side in processes of one thread each; what is finished is not 
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,19 +16,17 @@ import numpy as np
 
 from irlign import statistics
 from irlign.arena.cell import Cell, Place, golden_of
-from irlign.arena.judges import BY, STOPPING, stopping_table
-from irlign.arena.methods import CHOSEN, METHODS, Pick
+from irlign.arena.judges import BY, STOPPING
+from irlign.arena.methods import METHODS, Pick
+from irlign.arena.page import headline, write_page
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
 from irlign.files import write_json
-from irlign.plots import methods_svg, settings_svg
 from irlign.progress import Progress
-from irlign.report import render, safe
 from irlign.runs import Run
 
-ALPHA, ALL, ORACLE = 0.05, "All {} settings", 16
+ALPHA, ORACLE = 0.05, 16
 KNOWN = {**METHODS, **STOPPING}
-GREY = "#808080"  # for a figure that stands alone, read on light and dark pages
 
 
 @dataclass(frozen=True)
@@ -222,92 +220,5 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
         },
     }
     write_json(root / f"{title}.json", found)
-    (root / f"{title}.svg").write_text(list(figures(found).values())[-1].replace("currentColor", GREY), encoding="utf-8")
-    (root / f"{title}.md").write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
-    render("arena.html", root / f"{title}.html", _page(found))
+    write_page(root, title, found)
     return found
-
-
-def _page(found: Mapping[str, Any]) -> dict[str, Any]:
-    several = len(found["settings"]) > 1
-    tables = {**({ALL.format(len(found["settings"])): found["all"]} if several else {}), **found["settings"]}
-    heads = [*HEADS, "tokens", "seconds", "MiB"]
-    return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells_of, "chosen": CHOSEN}
-
-
-def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the method that `irlign run` uses did over all runs, in two sentences; empty where it is not among the rows."""
-    row = next((row for row in rows if row["method"] == CHOSEN), None)
-    if row is None:
-        return []
-    gain, gap, regret = row["gain"], row["gap_closed"], row["regret"]
-    lines = [
-        f"{CHOSEN}, n chosen without labels, gains {gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}] over SFT in "
-        f"{row['runs']} runs; significantly worse than SFT in {row['worse']} of them (after Holm {row['worse_holm']})."
-    ]
-    if gap and regret:
-        lines.append(
-            f"It closes {_share(gap)} of the gap between SFT and the demonstrations; the choice of n gives up {_share(regret)} "
-            "of the best n's gain."
-        )
-    return lines
-
-
-def figures(found: Mapping[str, Any]) -> dict[str, Any]:
-    """For each setting the curves of the methods that select by a reward, and over all of them their gains by setting, as SVG."""
-    curves = {setting: methods_svg(found["n"], rows, found["sources"][setting]) for setting, rows in found["settings"].items()}
-    return {**{name: safe(svg) for name, svg in curves.items()}, ALL.format(len(curves)): safe(settings_svg(found["settings"]))}
-
-
-HEADS = (
-    *("method", "golden", "gain over SFT", "gap closed", "of the oracle's gain", "n chosen", "at the largest n", "at the best n", "regret"),
-    *("worst run", "worse than SFT", "accuracy", "correlation"),
-)
-
-
-def markdown(found: Mapping[str, Any]) -> Iterator[str]:
-    """What the policies are worth in each setting, the table over everything and one for each setting, for a page of the documentation."""
-    yield "| setting | SFT | demonstrations | KL(pi_SFT, pi_0), nats an answer |"
-    yield "|---|---|---|---|"
-    for setting, of in found["sources"].items():
-        yield f"| {setting} | {' | '.join(_interval(of[key], 1 if key == 'kl' else 2) for key in ('sft', 'demonstrations', 'kl'))} |"
-    yield ""
-    for name, rows in _page(found)["tables"].items():
-        yield f"### {name}, {rows[0]['runs']} runs\n"
-        yield from stopping_table(rows) if any(BY in row["method"] for row in rows) else _table(rows)
-        yield ""
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield f"| {' | '.join(HEADS)} |"
-    yield "|" + "---|" * len(HEADS)
-    for row in rows:
-        yield f"| {' | '.join(cells_of(row))} |"
-
-
-def cells_of(row: Mapping[str, Any]) -> list[str]:
-    """A row of the table in words: shares in percent, 95 % intervals in brackets; – where a method has no curve."""
-    gain, n, curve = row["gain"], row["n"], row["oracle_n"] is not None
-    return [
-        row["method"],
-        f"{row['golden']['mean']:.2f}",
-        f"{gain['mean']:+.2f} [{gain['ci95'][0]:.2f}, {gain['ci95'][1]:.2f}]",
-        _share(row["gap_closed"]),
-        _share(row["of_oracle"]),
-        (f"{n[0]} to {n[-1]}" if len(n) > 1 else str(n[0])) if curve else "–",
-        f"{row['last']:.2f}" if curve else "–",
-        f"{row['oracle_n']:.2f}" if curve else "–",
-        _share(row["regret"]),
-        f"{row['worst_seed']:+.2f}",
-        f"{row['worse']} of {row['runs']}" + (f" (Holm {row['worse_holm']})" if row["worse"] else ""),
-        _interval(row["accuracy"]),
-        _interval(row["correlation"]),
-    ]
-
-
-def _interval(e: Mapping[str, Any] | None, digits: int = 2) -> str:
-    return f"{e['mean']:.{digits}f} [{e['ci95'][0]:.{digits}f}, {e['ci95'][1]:.{digits}f}]" if e else "–"
-
-
-def _share(e: Mapping[str, Any] | None) -> str:
-    return "–" if e is None else f"{e['mean']:.0%} [{e['ci95'][0]:.0%}, {e['ci95'][1]:.0%}]".replace("inf%", "∞")
