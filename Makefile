@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow lint setup
+.PHONY: quickstart test test-slow fuzz lint setup
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The parsers against TRIES generated inputs a test; `make test` tries 60 of them, the same ones each time.
+fuzz: setup
+	IRLIGN_FUZZ=$(or $(TRIES),2000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

@@ -180,15 +180,15 @@ def _parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterat
 
 def _parse_value(text: str, override: str) -> Any:
     """A value as YAML reads it. Unquoted text is one scalar to its end: no comments, no mappings inside."""
-    if text.lstrip()[:1] in tuple("[{\"'"):
-        try:
+    try:
+        if text.lstrip()[:1] in tuple("[{\"'"):
             return yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError(f"the value is not YAML: {problem}", where=f"override {override}", do="check quotes and brackets") from None
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return loader.construct_object(yaml.ScalarNode(tag, text))
+        loader = _Loader("")
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"the value is not YAML: {problem}", where=f"override {override[:200]}", do="check quotes and brackets") from None
 
 
 def _full_key(model: type[BaseModel], key: Key, text: str) -> Key:

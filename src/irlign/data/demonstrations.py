@@ -208,7 +208,7 @@ def _messages(value: Any, place: str) -> list[Message]:
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError("is neither a list of messages nor JSON of one", where=place) from None
     if not isinstance(value, list | tuple) or not value or not all(isinstance(m, Mapping) for m in value):
         kind = "an empty list" if value == [] else kind_of(value)

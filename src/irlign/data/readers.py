@@ -48,7 +48,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 value = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"is not JSON: {_reason(error)}", where=place, do="each line is one JSON object") from None
             yield place, _mapping(value, place)
 
@@ -61,6 +61,8 @@ def _json(path: Path) -> Iterator[Row]:
         more = text[error.pos :].lstrip()[:1] == "{" and error.msg == "Extra data"
         remedy = "it looks like JSON Lines: name it .jsonl" if more else "a list of JSON objects is expected"
         raise DataError(f"is not JSON: {error.msg}", where=f"{path}:{error.lineno}", do=remedy) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON: {_reason(error)}", where=path) from None
     if isinstance(value, dict) and len(lists := [v for v in value.values() if isinstance(v, list)]) == 1:
         value = lists[0]  # {"data": [...]}
     if not isinstance(value, list):
@@ -155,5 +157,7 @@ def kind_of(value: Any) -> str:
     return words.get(type(value), f"a {type(value).__name__}")
 
 
-def _reason(error: ValueError) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its brackets are nested too deeply"
     return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
