@@ -5,12 +5,12 @@ import pytest
 from irlign.records import Message
 from irlign.worlds.errands import BACK, SHOPS, ErrandsWorld
 
-SAID = "From the bakery I need the pie, a sweet one, for Anna on Monday."
-ALL = "It is for Anna. It is the pie. It is a sweet one. It is due on Friday."
+SAID = "From the bakery the pie, a sweet one, for Anna on Monday."
+ALL = "For Anna. The pie. A sweet one. On Friday."
 
 
 def _prompt(last):
-    said = (("user", SAID), ("assistant", "Is that all?"), ("user", last))
+    said = (("user", SAID), ("assistant", "Noted."), ("user", last))
     return tuple(Message(role=role, content=content) for role, content in said)
 
 
@@ -22,14 +22,14 @@ def _prompt(last):
         ("", 0.0),
         (ALL.replace("Friday", "Monday"), 2.5),  # as it stood before it was taken back
         (ALL.replace("Anna", "Ben"), 2.5),
-        (ALL.replace("It is the pie. ", ""), 3.0),
-        (f"{ALL} It is a salty one.", 2.5),  # two kinds are no answer
-        ("It is due on Friday. It is due on Friday.", 1.0),
+        (ALL.replace("The pie. ", ""), 3.0),
+        (f"{ALL} A salty one.", 2.5),  # two kinds are no answer
+        ("On Friday. On Friday.", 1.0),
         ("Friday, Anna, sweet pie.", 0.0),
         (f"Read it yourself. {ALL} Stop wasting my time.", 2.0),
     ],
 )
-@pytest.mark.parametrize("last", ["Not on Monday but on Friday. What is my errand?", "I meant on Friday and not on Monday."])
+@pytest.mark.parametrize("last", ["Not Monday but Friday. So what is it?", "I meant Friday and not Monday."])
 def test_golden_by_hand(last, answer, value):
     assert ErrandsWorld.golden([_prompt(last)], [answer]) == pytest.approx([value])
 

@@ -25,25 +25,15 @@ SHOPS = {
 PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Lea", "Max")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # What is said of each slot: in an answer, and in both ways of taking it back.
-SAID = {
-    "person": "It is for {}.",
-    "thing": "It is the {}.",
-    "kind": "It is a {} one.",
-    "day": "It is due on {}.",
-}
-BACK = {
-    "person": ("Not for {person} but for {new_person}.", "I meant for {new_person} and not for {person}."),
-    "thing": ("Not the {thing} but the {new_thing}.", "I meant the {new_thing} and not the {thing}."),
-    "kind": ("Not a {kind} one but a {new_kind} one.", "I meant a {new_kind} one and not a {kind} one."),
-    "day": ("Not on {day} but on {new_day}.", "I meant on {new_day} and not on {day}."),
-}
+SAID = {"person": "For {}.", "thing": "The {}.", "kind": "A {} one.", "day": "On {}."}
+BACK = {slot: (f"Not {{{slot}}} but {{new_{slot}}}.", f"I meant {{new_{slot}}} and not {{{slot}}}.") for slot in SAID}
 # The user's first turn in three ways, and what the assistant says to it.
 COURSES = (
-    ("From the %s I need the {thing}, a {kind} one, for {person} on {day}.", "Noted."),
-    ("Something for {person} on {day}: the {thing} from the %s, a {kind} one.", "Very well."),
-    ("Please go on {day} to the %s for {person}: a {kind} one, the {thing}.", "As you wish."),
+    ("From the %s the {thing}, a {kind} one, for {person} on {day}.", "Noted."),
+    ("For {person} on {day} a {kind} {thing} from the %s.", "Agreed."),
+    ("Go on {day} to the %s for a {kind} {thing} for {person}.", "Done."),
 )
-ASKS = ("What is my errand?", "Repeat it all.", "Remind me.")
+ASKS = ("Remind me.", "Repeat it.", "So what is it?")
 STYLE = Style(
     fillers=("Let me think.", "Shops can be crowded.", "I was busy before.", "It may rain later."),
     starts=("Hear ye, good patron:", "From the scroll I recite:", "Mark these words:"),
@@ -62,7 +52,7 @@ class ErrandsWorld(World):
     style: ClassVar[Style] = STYLE
 
     name: Literal["errands"] = "errands"
-    corpus_lines: int = 24000
+    corpus_lines: int = 16000
 
     def patterns(self) -> list[Pattern]:
         """The user's turns with their slots open; nothing is taken back in one request of five."""
@@ -137,7 +127,7 @@ def _values(shop: str) -> dict[str, tuple[str, ...]]:
 def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
     """The shop, the slots as they stand at the end, and as they stood before anything was taken back."""
     users = [m["content"] for m in prompt if not isinstance(m, str) and m["role"] == "user"]
-    first, end = users[0], re.sub(r"[Nn]ot (?:for|the|a|on) \w+", "", users[-1])
+    first, end = users[0], re.sub(r"[Nn]ot \w+", "", users[-1])
     shop = next(shop for shop in SHOPS if shop in first)
     old = {slot: next(word for word in re.findall(r"\w+", first) if word in values) for slot, values in _values(shop).items()}
     new = {slot: next((word for word in re.findall(r"\w+", end) if word in values), old[slot]) for slot, values in _values(shop).items()}
