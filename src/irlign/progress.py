@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from typing import Any
 
@@ -14,6 +15,7 @@ from typing import Any
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -31,6 +33,10 @@ def hush() -> None:
     """Keep the libraries below from talking; where transformers is imported already, from drawing bars."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # TRL still writes it the old way
+    hub_constants: Any = sys.modules.get("huggingface_hub.constants")
+    if hub_constants is not None and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1":
+        hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # read when it was imported, and TRL's trainers ask it as they start
     transformers_logging: Any = sys.modules.get("transformers.utils.logging")
     if transformers_logging is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
         transformers_logging.disable_progress_bar()

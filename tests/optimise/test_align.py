@@ -3,6 +3,7 @@ a stand-in here: it is told what to see."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ def test_weighted_sft_starts_from_the_initial_policy(copied, judge):
 def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, monkeypatch):
     seen = []
     won = align.won_answers
-    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *a: seen.append(won(*a)) or seen[-1]))
+    recorded = align.METHODS["distill"]._replace(rows=lambda *a: seen.append(won(*a)) or seen[-1])
+    monkeypatch.setitem(align.METHODS, "distill", recorded)
     judge(50.0, 50.0)
     run_stage("optimise", small_recipe(copied, optimise={"rounds": 2, "learning_rate": 1e-2}))
     pool = {(s["prompt_id"], s["completion"]) for s in read_table(copied / "pools/sft.parquet") if s["split"] == "train"}
@@ -127,7 +129,7 @@ def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, mon
 
 
 def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):
-    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *_: []))
+    monkeypatch.setitem(align.METHODS, "distill", align.METHODS["distill"]._replace(rows=lambda *_: []))
     run_stage("optimise", small_recipe(copied))
     assert _choice(copied)["published"] == "sft" and "no train prompt has a finished answer" in _choice(copied)["why"]
 
@@ -135,3 +137,24 @@ def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch)
 def test_weighted_sft_has_no_rounds(tmp_path):
     with pytest.raises(ConfigError, match="learns from demonstrations"):
         load_recipe(Recipe, small_recipe(tmp_path, optimise={"method": "weighted-sft", "rounds": 2}))
+
+
+@pytest.mark.parametrize(("method", "reward", "rounds"), [("dpo", True, 2)])
+def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method, reward, rounds):
+    """On a real run: weights moved from pi_SFT's, losses are finite, and what the judge likes is published with its card. A model this
+    small seldom ends an answer, so all count as finished."""
+    pytest.importorskip("trl")
+    own = align.own_answers
+    monkeypatch.setattr(align, "own_answers", lambda *a: [replace(s, finish_reason="eos") for s in own(*a)])
+    judge(50.0, 90.0)
+    changes = {"method": method, "rounds": rounds, "trainer": {"logging_steps": 1}, "max_steps": 3}
+    run_stage("optimise", small_recipe(copied, optimise=changes))
+    choice = _choice(copied)
+    assert choice["published"] == f"round-{rounds}" and (choice["reward"] is not None) == reward
+    training = choice["candidates"][choice["published"]]["training"]
+    assert training["steps"] == len(training["losses"]) == 3 and np.isfinite(training["losses"]).all() and training["rows"] > 0
+    assert all(len(values) in (0, 3) and np.isfinite(values).all() for values in training["logged"].values()) and any(
+        training["logged"].values()
+    )
+    assert hash_path(copied / "policies/aligned" / WEIGHTS) != hash_path(copied / "policies/sft" / WEIGHTS)
+    assert f"Trained by `{method}`" in (copied / "policies/aligned/README.md").read_text()

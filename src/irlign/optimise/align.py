@@ -1,14 +1,14 @@
 """The stage `optimise`: rounds of a method make candidates for the aligned policy, and the safety net publishes one of them or pi_SFT.
 
-Each round starts from the same policy again; what changes from round to round is whose answers it learns from: those of pi_SFT in the
-first, those of the round before in the others.
+Each round starts from the same policy again (spin: from the round before); what changes from round to round is whose answers it learns
+from: those of pi_SFT in the first, those of the round before in the others.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -18,16 +18,17 @@ from irlign.files import read_json, read_table, remove, write_json
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.label_free import FEWEST, judge_pool
+from irlign.optimise.preference import PreferenceSettings, best_and_worst, dpo_config, train_dpo
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
-from irlign.records import Demonstration, Sample
+from irlign.records import Contrast, Demonstration, Sample
 from irlign.reward.load import score_all
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, read_pool, stored_samples
-from irlign.training import TrainerSettings
+from irlign.training import Config, TrainerSettings
 
 CARD = """---
 library_name: transformers
@@ -52,13 +53,15 @@ policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 class OptimiseSettings(TrainerSettings):
     """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
 
-    method: Literal["distill", "weighted-sft", "none"] = Field(
+    method: Literal["distill", "weighted-sft", "dpo", "none"] = Field(
         "distill",
-        description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; none: leave the stage out",
+        description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; dpo: the best of a "
+        "prompt's answers over the worst; none: leave the stage out",
     )
     rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo")
 
     @model_validator(mode="after")
     def _one_round(self) -> "OptimiseSettings":
@@ -85,6 +88,15 @@ class Work:
         """Where a round's policy, pools and log are built."""
         return self.folder / "rounds" / str(number)
 
+    def start(self, number: int, name: str) -> Path:
+        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before (pi_SFT in
+        the first)."""
+        return (
+            self.round(number - 1) / "policy"
+            if name == "before" and number > 1
+            else self.run.path("policies", name.replace("before", "sft"))
+        )
+
     def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
         """Samples of a round's policy, in `NAME.parquet` beside it. Its weights are here and no endpoint knows it, so they are drawn here."""
         pool = self.round(number) / f"{name}.parquet"
@@ -93,15 +105,31 @@ class Work:
         return read_pool(pool)
 
 
+def own_answers(work: Work, number: int) -> list[Sample]:
+    """The answers of the policy before this round to the train prompts."""
+    samples = stored_samples(work.run, "sft", "train")
+    if number == 1:
+        return samples
+    asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
+    return work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
+
+
+def scored(work: Work, samples: Sequence[Sample]) -> np.ndarray:
+    """Their scores under the reward that selects. Shape [len(samples)]."""
+    prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
+    return score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)[work.reward]
+
+
 def won_answers(work: Work, number: int) -> list[Sample]:
     """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
-    samples = stored_samples(work.run, "sft", "train")
-    if number > 1:
-        asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
-        samples = work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
-    prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    scores = score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)
-    return winners(samples, scores[work.reward], work.settings.winners)
+    samples = own_answers(work, number)
+    return winners(samples, scored(work, samples), work.settings.winners)
+
+
+def ranked_answers(work: Work, number: int) -> list[Contrast]:
+    """The best of each train prompt's answers over the worst, by the selecting reward."""
+    samples = own_answers(work, number)
+    return best_and_worst(samples, scored(work, samples))
 
 
 def demonstrated(work: Work, number: int) -> list[Demonstration]:
@@ -109,11 +137,30 @@ def demonstrated(work: Work, number: int) -> list[Demonstration]:
     return stored_demonstrations(work.run, "train")
 
 
-Method = tuple[Callable[..., dict[str, Any]], str, Callable[[Work, int], Sequence[Any]]]
-METHODS: dict[str, Method] = {  # how it trains, from which policy, on what
-    "distill": (train_distill, "sft", won_answers),
-    "weighted-sft": (train_weighted_sft, "init", demonstrated),
+class Method(NamedTuple):
+    """How a policy is trained, from which policy (`before`: that of the round before) and on what rows; what its card says that it has
+    learned from, `{reward}` where the reward has a part in it; and its own training arguments."""
+
+    train: Callable[..., dict[str, Any]]
+    start: str
+    rows: Callable[[Work, int], Sequence[Any]]
+    source: str
+    config: Callable[[OptimiseSettings], Config] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "distill": Method(train_distill, "sft", won_answers, "answers chosen by the reward `{reward}`"),
+    "weighted-sft": Method(train_weighted_sft, "init", demonstrated, "demonstrations"),
+    "dpo": Method(
+        train_dpo, "sft", ranked_answers, "answers ranked by the reward `{reward}`", lambda settings: dpo_config(settings.preference)
+    ),
 }
+
+
+def own_config(settings: OptimiseSettings) -> Config | None:
+    """The method's own training arguments; None where TrainingArguments will do. Raises ConfigError where TRL is missing."""
+    config = METHODS[settings.method].config
+    return config(settings) if config else None
 
 
 def align(work: Work, version: str) -> dict[str, Any]:
@@ -122,8 +169,8 @@ def align(work: Work, version: str) -> dict[str, Any]:
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
     rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-    learns = METHODS[work.settings.method][2] is won_answers
-    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
+    rewarded = "{reward}" in METHODS[work.settings.method].source
+    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if rewarded else None}
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
     else:
@@ -136,7 +183,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
 
 def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str, Any]:
     """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
-    train, start, rows_of = METHODS[work.settings.method]
+    method = METHODS[work.settings.method]
     wanted = [
         (p, work.settings.generations)
         for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
@@ -147,11 +194,12 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
     for number in range(1, work.settings.rounds + 1):
         place = work.round(number)
         if not (place / "log.json").exists():
-            if not (rows := rows_of(work, number)):
+            if not (rows := method.rows(work, number)):
                 break
             options: dict[str, Any] = {"chat_template": work.chat_template, "seed": work.run.seed, "report_to": work.report_to}
             options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
-            write_json(place / "log.json", train(work.run.path("policies", start), rows, shown, work.settings, **options))
+            options |= {"config": config} if (config := own_config(work.settings)) else {}
+            write_json(place / "log.json", method.train(work.start(number, method.start), rows, shown, work.settings, **options))
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
         found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
@@ -201,7 +249,7 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        learned = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
+        learned = METHODS[choice["method"]].source.format(**choice)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
     (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")
