@@ -61,7 +61,7 @@ def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
 
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
-    assert code == 2 and "optimise.method: expected 'distill', 'weighted-sft', 'dpo' or 'none', got 'sorcery'" in err
+    assert code == 2 and "optimise.method: expected 'distill', 'weighted-sft', 'dpo', 'rloo', 'grpo' or 'none', got 'sorcery'" in err
     assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
     assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())

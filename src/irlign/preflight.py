@@ -31,7 +31,7 @@ def preflight(recipe: Recipe) -> None:
 def check_method(recipe: Recipe) -> None:
     """The same for the policy method alone: ConfigError where its library is missing or its training arguments refuse a field."""
     if recipe.optimise.method != "none":
-        _accepted(recipe, recipe.optimise, own_config(recipe.optimise))
+        _accepted(recipe, recipe.optimise, own_config(recipe.optimise, recipe.sampling))
 
 
 def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 # No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
@@ -21,12 +22,23 @@ QUIET = {
 }
 PLAIN_SECONDS = 5.0  # between two plain lines
 WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it
+_silenced: list[bool] = []
 _live: list[Any] = []  # the one rich display, and one entry more for each Progress inside it
 
 
 def quiet() -> bool:
-    """Whether the environment asks for silence."""
-    return os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+    """Whether the environment asks for silence, or `silently` does."""
+    return bool(_silenced) or os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """No line from what is done in here, again and again, inside something that has a line of its own."""
+    _silenced.append(True)
+    try:
+        yield
+    finally:
+        _silenced.pop()
 
 
 def hush() -> None:

@@ -139,7 +139,7 @@ def test_weighted_sft_has_no_rounds(tmp_path):
         load_recipe(Recipe, small_recipe(tmp_path, optimise={"method": "weighted-sft", "rounds": 2}))
 
 
-@pytest.mark.parametrize(("method", "reward", "rounds"), [("dpo", True, 2)])
+@pytest.mark.parametrize(("method", "reward", "rounds"), [("dpo", True, 2), ("rloo", True, 1), ("grpo", True, 1)])
 def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method, reward, rounds):
     """On a real run: weights moved from pi_SFT's, losses are finite, and what the judge likes is published with its card. A model this
     small seldom ends an answer, so all count as finished."""

@@ -7,6 +7,7 @@ from: those of pi_SFT in the first, those of the round before in the others.
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.label_free import FEWEST, judge_pool
 from irlign.optimise.preference import PreferenceSettings, best_and_worst, dpo_config, train_dpo
+from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_policy
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.policy.likelihood import answer_log_probs
@@ -49,26 +51,32 @@ Prompts are read in the chat template `{template}`. `optimise/choice.json` of it
 TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
+DRAWN = "answers of its own as the reward `{reward}` scored them"
+ONE_ROUND = {  # why
+    "weighted-sft": "weighted-sft learns from demonstrations",
+    "rloo": "rloo draws new ones at every step",
+    "grpo": "grpo draws new ones at every step",
+}
+
 
 class OptimiseSettings(TrainerSettings):
     """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
 
-    method: Literal["distill", "weighted-sft", "dpo", "none"] = Field(
+    method: Literal["distill", "weighted-sft", "dpo", "rloo", "grpo", "none"] = Field(
         "distill",
         description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; dpo: the best of a "
-        "prompt's answers over the worst; none: leave the stage out",
+        "prompt's answers over the worst; rloo, grpo: answers drawn and scored as it learns; none: leave the stage out",
     )
     rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo")
+    on_policy: OnPolicySettings = Field(default_factory=OnPolicySettings, description="rloo, grpo")
 
     @model_validator(mode="after")
     def _one_round(self) -> "OptimiseSettings":
-        if self.method == "weighted-sft" and self.rounds > 1:
-            raise ValueError(
-                "a round learns from samples of the one before, and weighted-sft learns from demonstrations: leave optimise.rounds out"
-            )
+        if self.method in ONE_ROUND and self.rounds > 1:
+            raise ValueError(f"a round learns from samples of the one before, and {ONE_ROUND[self.method]}: leave optimise.rounds out")
         return self
 
 
@@ -132,6 +140,21 @@ def ranked_answers(work: Work, number: int) -> list[Contrast]:
     return best_and_worst(samples, scored(work, samples))
 
 
+def first_answers(work: Work, number: int) -> list[Sample]:
+    """pi_SFT's answers to the train prompts: where a policy that draws its own starts."""
+    return own_answers(work, 1)
+
+
+def drawing(method: Literal["rloo", "grpo"], settings: OptimiseSettings, sampling: SamplingSettings) -> Config:
+    """The training arguments of a policy that draws its own answers."""
+    return on_policy_config(method, settings.on_policy, sampling)
+
+
+def scoring(work: Work) -> dict[str, Any]:
+    """What scores those answers."""
+    return {"reward": work.run.path("rewards", work.reward), "length_penalty": work.settings.on_policy.length_penalty}
+
+
 def demonstrated(work: Work, number: int) -> list[Demonstration]:
     """The train demonstrations."""
     return stored_demonstrations(work.run, "train")
@@ -139,28 +162,31 @@ def demonstrated(work: Work, number: int) -> list[Demonstration]:
 
 class Method(NamedTuple):
     """How a policy is trained, from which policy (`before`: that of the round before) and on what rows; what its card says that it has
-    learned from, `{reward}` where the reward has a part in it; and its own training arguments."""
+    learned from, `{reward}` where the reward has a part in it; its own training arguments; and what else of the work its training takes."""
 
     train: Callable[..., dict[str, Any]]
     start: str
     rows: Callable[[Work, int], Sequence[Any]]
     source: str
-    config: Callable[[OptimiseSettings], Config] | None = None
+    config: Callable[[OptimiseSettings, SamplingSettings], Config] | None = None
+    options: Callable[[Work], dict[str, Any]] = lambda work: {}
 
 
 METHODS: dict[str, Method] = {
     "distill": Method(train_distill, "sft", won_answers, "answers chosen by the reward `{reward}`"),
     "weighted-sft": Method(train_weighted_sft, "init", demonstrated, "demonstrations"),
     "dpo": Method(
-        train_dpo, "sft", ranked_answers, "answers ranked by the reward `{reward}`", lambda settings: dpo_config(settings.preference)
+        train_dpo, "sft", ranked_answers, "answers ranked by the reward `{reward}`", lambda settings, _: dpo_config(settings.preference)
     ),
+    "rloo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "rloo"), scoring),
+    "grpo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "grpo"), scoring),
 }
 
 
-def own_config(settings: OptimiseSettings) -> Config | None:
+def own_config(settings: OptimiseSettings, sampling: SamplingSettings) -> Config | None:
     """The method's own training arguments; None where TrainingArguments will do. Raises ConfigError where TRL is missing."""
     config = METHODS[settings.method].config
-    return config(settings) if config else None
+    return config(settings, sampling) if config else None
 
 
 def align(work: Work, version: str) -> dict[str, Any]:
@@ -198,7 +224,8 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
                 break
             options: dict[str, Any] = {"chat_template": work.chat_template, "seed": work.run.seed, "report_to": work.report_to}
             options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
-            options |= {"config": config} if (config := own_config(work.settings)) else {}
+            options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
+            options |= method.options(work)
             write_json(place / "log.json", method.train(work.start(number, method.start), rows, shown, work.settings, **options))
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
         found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
