@@ -72,6 +72,7 @@ NO_TORCH = {
         "optimise/label_free",
         "optimise/safety_net",
         "optimise/align",
+        "optimise/methods",
         "evaluate/metrics",
         "evaluate/headline",
         "evaluate/overoptimisation",

@@ -242,7 +242,8 @@ def optimise(recipe: Recipe, run: Run) -> None:
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.optimise.align import Work, align
+        from irlign.optimise.align import align
+        from irlign.optimise.methods import Work
 
         choice = align(Work(run, settings, recipe.sampling, selector, template, folder, recipe.report_to), __version__)
         say(f"optimise: {choice['published']} is published: {choice['why']}")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from irlign.evaluate.golden import is_function, load_golden
-from irlign.optimise.align import own_config
+from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
 from irlign.sampling.engine import check_engine

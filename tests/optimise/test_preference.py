@@ -16,10 +16,16 @@ from irlign.optimise import preference
 from irlign.optimise.preference import (
     PreferenceSettings,
     best_and_worst,
+    demonstration_over_own,
+    desirable_and_not,
     dpo_config,
+    kto_config,
+    labelled_batch,
+    labelled_rows,
     pair_batch,
     pair_rows,
     train_dpo,
+    train_kto,
 )
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
@@ -64,6 +70,20 @@ def test_the_best_stands_over_the_worst_that_finished_and_says_something():
     scores = [0.0, 1.0, 9.0, -9.0, 0.5, -3.0, -2.0]  # the cut and the empty answer have the extreme scores
     assert best_and_worst(samples, scores) == [Contrast(ASK, " ran.", " sat."), Contrast(TALK, " mat.", " home.")]
     assert best_and_worst(samples, np.zeros(7)) == [] and best_and_worst(_pool(ASK, (" sat.", "eos"), (" sat.", "eos")), [1, 2]) == []
+
+
+def test_demonstrations_stand_over_own_answers_in_turn():
+    """Not over cut, empty or equal ones, and not where a prompt has no demonstration."""
+    samples = [
+        *_pool(ASK, (" sat.", "eos"), (" ran.", "eos"), (" sang", "length"), ("  ", "eos"), (" now. ", "eos"), (" red.", "stop")),
+        *_pool(TALK, (" home.", "eos")),
+    ]
+    shown = [Demonstration(ASK, "now."), Demonstration(ASK, " blue.")]
+    expected = [Contrast(ASK, "now.", " sat."), Contrast(ASK, " blue.", " ran."), Contrast(ASK, "now.", " red.")]
+    assert demonstration_over_own(samples, shown) == expected
+    own = [(ASK, text, False) for text in (" sat.", " ran.", " red.")]
+    assert desirable_and_not(samples, shown) == [(ASK, "now.", True), (ASK, " blue.", True), *own]
+    assert demonstration_over_own(samples[2:5], shown) == desirable_and_not(samples[2:5], shown) == []
 
 
 @pytest.mark.parametrize("template", ["none", "hh", "chatml"])
@@ -118,18 +138,83 @@ def test_dpo_takes_the_step_of_the_formula(tmp_path, policy):
     assert log["steps"] == 1 and log["rows"] == 4 and log["losses"] == [pytest.approx(math.log(2), abs=1e-3)]
     assert log["logged"]["rewards/margins"] == [pytest.approx(0, abs=1e-4)]
     start = load_policy(str(policy))
-    form = Format(start.tokenizer, "none")
-    rows = [form.encode([p.prompt.content], [text])[0] for p in PAIRS[:4] for text in (p.better, p.worse)]
-    nats = []
-    for row in rows:
-        logits = start.model(input_ids=torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
-        answer = slice(len(row.prompt_ids) - 1, None)
-        nats.append(logits[answer].gather(1, torch.tensor(row.completion_ids)[:, None]).sum())
+    nats = _nats(start, [(p.prompt, text) for p in PAIRS[:4] for text in (p.better, p.worse)])
     margins = torch.stack([better - worse for better, worse in zip(nats[::2], nats[1::2], strict=True)])
     (-torch.nn.functional.logsigmoid(0.3 * (margins - margins.detach()))).mean().backward()
-    moved = load_policy(str(tmp_path / "aligned")).model.state_dict()
+    _moved_by_the_gradient(start, tmp_path / "aligned")
+
+
+def _nats(policy, answers):
+    """log pi(y | x) of each prompt and text, with its gradient."""
+    import torch
+
+    nats = []
+    for prompt, text in answers:
+        (row,) = Format(policy.tokenizer, "none").encode([prompt.content], [text])
+        logits = policy.model(input_ids=torch.tensor([row.ids])).logits[0, len(row.prompt_ids) - 1 : -1]
+        nats.append(logits.log_softmax(-1).gather(1, torch.tensor(row.completion_ids)[:, None]).sum())
+    return nats
+
+
+def _moved_by_the_gradient(start, folder):
+    import torch
+
+    moved = load_policy(str(folder)).model.state_dict()
     for name, weight in start.model.named_parameters():
         assert torch.allclose(moved[name], weight.detach() - 0.1 * weight.grad, atol=2e-6), name
+    assert max(float(w.grad.abs().max()) for w in start.model.parameters()) > 1e-3
+
+
+def test_kto_takes_the_step_of_the_formula(tmp_path, policy):
+    """Two desirable answers and four others: at the start h = z = 0, so a desirable one weighs 4 / 2 and the loss is (2 * 2 + 4) / 2 / 6."""
+    import torch
+
+    answers = [(p.prompt, text, text == p.better) for p in PAIRS[:4:2] for text in (p.better, p.worse, " now.")]
+    settings = {"learning_rate": 0.1, "max_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant", "trainer": SGD}
+    log = _train(train_kto, kto_config(PreferenceSettings(beta=0.3)), policy, answers, tmp_path, per_device_train_batch_size=6, **settings)
+    assert log["steps"] == 1 and log["rows"] == 6 and log["losses"] == [pytest.approx(8 / 2 / 6, abs=1e-3)]
+    start = load_policy(str(policy))
+    gains = [h - h.detach() for h in _nats(start, [(prompt, text) for prompt, text, _ in answers])]
+    losses = [
+        2 * (1 - torch.sigmoid(0.3 * h)) if good else 1 - torch.sigmoid(-0.3 * h) for h, (_, _, good) in zip(gains, answers, strict=True)
+    ]
+    torch.stack(losses).mean().backward()
+    _moved_by_the_gradient(start, tmp_path / "aligned")
+
+
+def test_kto_learns_the_demonstrations(tmp_path, policy):
+    answers = [(p.prompt, text, text == p.better) for p in PAIRS for text in (p.better, p.worse)]
+    log = _train(train_kto, kto_config(PreferenceSettings()), policy, answers, tmp_path, trainer={"logging_steps": 6})
+    assert log["steps"] == 18 and log["losses"][-1] < log["losses"][0] and log["logged"]["rewards/margins"][-1] > 0
+    assert log["dev_nll"]["aligned"] < log["dev_nll"]["start"]
+
+
+def test_a_kto_batch_is_what_the_format_gives(tmp_path):
+    """Through KTOTrainer's own dataset preparation; the KL rows are each prompt before the answer of the row before it."""
+    from datasets import Dataset
+    from trl import KTOTrainer
+
+    tokenizer = make_tiny_tokenizer()
+    model = load_policy(str(make_tiny_policy(tmp_path / "start", tokenizer=tokenizer))).model
+    form = Format(tokenizer, "chatml")
+    answers = [(Prompt.of("the </s> cat", "train"), "sat.", True), (ASK, " ran", False), (TALK, " home", False)]
+    settings = TrainerSettings(per_device_train_batch_size=3)
+    options = {"seed": 0, "bf16": False, "report_to": "none", "config": kto_config(PreferenceSettings())}
+    trainer = KTOTrainer(
+        model=model,
+        args=training.training_arguments(settings, tmp_path / "out", **options),
+        train_dataset=Dataset.from_list(labelled_rows(form, answers)),
+        processing_class=tokenizer,
+        data_collator=lambda batch: labelled_batch(batch, 3, 64),
+    )
+    (batch,) = list(trainer.get_train_dataloader())
+    texts = [text for _, text, _ in answers]
+    for prefix, of in (("", texts), ("KL_", [texts[-1], *texts[:-1]])):
+        encoded = form.encode([prompt.content for prompt, _, _ in answers], of)
+        for i, row in enumerate(encoded):
+            ids, mask, answer = (batch[prefix + key][i] for key in ("input_ids", "attention_mask", "completion_mask"))
+            assert ids[mask == 1].tolist() == row.ids and ids[answer == 1].tolist() == row.completion_ids
+    assert batch["label"].tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("peft", [False, True])

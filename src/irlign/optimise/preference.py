@@ -46,7 +46,7 @@ def best_and_worst(samples: Sequence[Sample], scores: Sequence[float] | np.ndarr
     return [Contrast(best.prompt, best.completion, worst.completion) for best, worst in sides if best.completion != worst.completion]
 
 
-def own_answers(samples: Sequence[Sample], demonstrations: Sequence[Demonstration]) -> list[Sample]:
+def unlike(samples: Sequence[Sample], demonstrations: Sequence[Demonstration]) -> list[Sample]:
     """The answers that demonstrations of the same prompt can stand against: finished, saying something, and none of them itself."""
     shown = by_prompt(demonstrations)
     worth = (s for s in samples if s.finished and s.completion.strip() and s.prompt.prompt_id in shown)
@@ -56,12 +56,12 @@ def own_answers(samples: Sequence[Sample], demonstrations: Sequence[Demonstratio
 def demonstration_over_own(samples: Sequence[Sample], demonstrations: Sequence[Demonstration]) -> list[Contrast]:
     """Each own answer under a demonstration of its prompt, the demonstrations of a prompt in turn (SPIN, arXiv 2401.01335, section 4)."""
     turns = {prompt_id: cycle(texts) for prompt_id, texts in by_prompt(demonstrations).items()}
-    return [Contrast(s.prompt, next(turns[s.prompt.prompt_id]), s.completion) for s in own_answers(samples, demonstrations)]
+    return [Contrast(s.prompt, next(turns[s.prompt.prompt_id]), s.completion) for s in unlike(samples, demonstrations)]
 
 
 def desirable_and_not(samples: Sequence[Sample], demonstrations: Sequence[Demonstration]) -> list[Labelled]:
     """Every demonstration, desirable, and every own answer, undesirable (KTO, arXiv 2402.01306); nothing where there is no own answer."""
-    own = [(s.prompt, s.completion, False) for s in own_answers(samples, demonstrations)]
+    own = [(s.prompt, s.completion, False) for s in unlike(samples, demonstrations)]
     return [*((d.prompt, d.completion, True) for d in demonstrations), *own] if own else []
 
 
@@ -177,6 +177,56 @@ def train_dpo(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         data_collator=lambda batch: pair_batch(batch, policy.pad_id, policy.max_length),
+        processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
+        peft_config=adapter(settings, "CAUSAL_LM"),
+    )
+    log = {**fit(trainer, "optimise", checkpoints), "logged": logged(trainer, METRICS)}
+    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
+    save_policy(tuned, folder)
+    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+
+
+def train_kto(
+    sft: Path,
+    train: Sequence[Labelled],
+    dev: Sequence[Demonstration],
+    settings: TrainerSettings,
+    *,
+    config: Config,
+    chat_template: str,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
+    report_to: str,
+) -> dict[str, Any]:
+    """The same on single answers: `w (1 - s(beta (h - z)))` for a desirable one and `1 - s(beta (z - h))` for another, with `h` its log-ratio
+    to the start, `z` the KL estimated over the batch (arXiv 2402.01306, equation 8), and `w` such that both kinds weigh the same in all.
+
+    TRL reads the rows in the order they have, since `z` rests on neighbours: they are shuffled here, once for all passes.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import KTOTrainer
+
+    set_seed(seed)
+    policy = load_policy(str(sft), "sft")
+    form = Format(policy.tokenizer, chat_template)
+    rows = labelled_rows(form, [train[i] for i in np.random.default_rng(seed).permutation(len(train))])
+    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
+    before = mean_nll(policy, dev_rows) if dev_rows else None
+
+    stored = policy.model.dtype
+    if not settings.use_peft:
+        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    desirable = sum(row["label"] for row in rows)
+    config = (config[0], {"desirable_weight": (len(rows) - desirable) / desirable, **config[1]})
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
+    trainer = KTOTrainer(
+        model=policy.model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        data_collator=lambda batch: labelled_batch(batch, policy.pad_id, policy.max_length),
         processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
         peft_config=adapter(settings, "CAUSAL_LM"),
     )
