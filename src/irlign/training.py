@@ -163,8 +163,9 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
 
 
 def logged(trainer: "Trainer", names: Sequence[str]) -> dict[str, list[float]]:
-    """What a trainer logged beside its loss, each name with its values in order."""
-    return {name: [e[name] for e in trainer.state.log_history if e.get(name) is not None] for name in names}
+    """What a trainer logged beside its loss, each name with its values in order; names that it did not log are left out."""
+    found = {name: [e[name] for e in trainer.state.log_history if e.get(name) is not None] for name in names}
+    return {name: values for name, values in found.items() if values}
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:

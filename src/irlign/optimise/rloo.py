@@ -23,7 +23,7 @@ from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.load import load_reward
+from irlign.reward.load import kept, load_reward
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
 from irlign.training import Config, TrainerSettings, adapter, bf16_pays, fit, logged, merged, training_arguments
@@ -164,7 +164,7 @@ def train_on_policy(
     parameters = sum(p.numel() for p in policy.model.parameters())
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
-    scorer: Any = reward_function(load_reward(reward), form, train, _ends(policy), length_penalty)
+    scorer: Any = reward_function(kept(load_reward(reward)), form, train, _ends(policy), length_penalty)
     scorer.__name__ = "shaped"
     trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
         model=policy.model,
