@@ -61,7 +61,10 @@ def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
 
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
-    assert code == 2 and "optimise.method: expected 'distill', 'weighted-sft' or 'none', got 'sorcery'" in err
+    assert (
+        code == 2
+        and "optimise.method: expected 'distill', 'weighted-sft', 'dpo', 'spin', 'kto', 'rloo', 'grpo' or 'none', got 'sorcery'" in err
+    )
     assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
     assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
@@ -137,6 +140,13 @@ def test_bad_keys(capsys, recipe, case):
         (["report_to=nobody"], "no such tracker"),
         (["optimise.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
         (["optimise.method=weighted-sft", "optimise.rounds=2"], "learns from demonstrations"),
+        (["optimise.method=dpo", "optimise.trainer={btea: 1}"], "DPOConfig refuses it"),
+        (
+            ["optimise.method=rloo", "optimise.on_policy.num_generations=3"],
+            "RLOOConfig refuses it: generation_batch_size (16) must be divisible",
+        ),
+        (["optimise.method=grpo", "optimise.rounds=2"], "grpo draws new ones at every step"),
+        (["optimise.method=kto", "optimise.per_device_train_batch_size=1"], "estimates its KL over the rows of a batch"),
         (["sft_model_name_or_path=CLASSIFIER"], "no causal language model"),
         (["reward.kind=features", "reward.backbone=./nowhere"], "no such model folder"),
     ],

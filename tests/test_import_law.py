@@ -34,7 +34,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "report": SPINE | {"plots"},
     "seeds": SPINE | {"report"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
-    "preflight": SPINE | {"training", "policy", "sampling", "evaluate", "recipe"},
+    "preflight": SPINE | {"training", "policy", "sampling", "optimise", "evaluate", "recipe"},
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
     "plan": SPINE | {"costs", "sizes", "training", "optimise", "recipe"},
     "pipeline": SPINE
@@ -72,6 +72,7 @@ NO_TORCH = {
         "optimise/label_free",
         "optimise/safety_net",
         "optimise/align",
+        "optimise/methods",
         "evaluate/metrics",
         "evaluate/headline",
         "evaluate/overoptimisation",

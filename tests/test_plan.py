@@ -62,6 +62,30 @@ def test_every_stage_by_hand():
     assert evaluation.read == 2 * (12 + 6) * 20
 
 
+@pytest.mark.parametrize(
+    ("method", "trained", "drawn", "scored", "besides"),
+    [
+        ("weighted-sft", 3 * 20, 0, 0, 0),
+        ("dpo", 3 * 10 * 2, 0, 30, 1),  # a pair for each prompt
+        ("spin", 3 * 30 * 2, 0, 0, 1),  # a pair for each own answer
+        ("kto", 3 * (20 + 30), 0, 0, 3),
+        ("rloo", 3 * 10 * 8, 3 * 10 * 8, 30 + 3 * 10 * 8, 2),  # eight answers to each prompt, in each of three passes
+        ("grpo", 3 * 10 * 8, 3 * 10 * 8, 30 + 3 * 10 * 8, 1),
+    ],
+)
+def test_every_policy_method_by_hand(method, trained, drawn, scored, besides):
+    """In texts of 20 tokens, answers of 15; what is weighed and judged is as for distill."""
+    found = _stages(f"optimise.method={method}")["optimise"]
+    assert found.trained == trained * 20 and found.generated == (26 * 4 + drawn) * 15
+    assert found.read == pytest.approx((2 * scored + besides * trained + 3 * 80 + 2 * 80 + 80 + 40 + 150) * 20)
+    assert found.seconds > 0 and found.memory >= _stages()["optimise"].memory
+
+
+def test_rounds_of_spin_mix_in_the_round_before():
+    one, three = (_stages("optimise.method=spin", f"optimise.rounds={n}")["optimise"] for n in (1, 3))
+    assert three.trained == 5 * one.trained and three.generated == 3 * one.generated + 2 * 30 * 15
+
+
 def test_too_few_held_out_demonstrations_make_no_judge():
     few = replace(SIZES, rows={**SIZES.rows, "dev": 19})
     found = stages(load_recipe(Recipe, None, GIVEN), few, SHAPE, SHAPE, Speed(1e6, 4e6))

@@ -103,7 +103,7 @@ _stage("bon", "Best-of-N: score the candidates and select: best_of_n/.")
 @app.command(context_settings=PASS_ON)
 def optimise(
     context: Context,
-    method: Annotated[str, typer.Argument(help="distill or weighted-sft; none leaves the stage out")],
+    method: Annotated[str, typer.Argument(help="distill, weighted-sft, dpo, spin, kto, rloo, grpo; none leaves the stage out")],
     config: Config = None,
 ) -> None:
     """From the reward to a policy that needs none at inference: policies/aligned."""

@@ -16,7 +16,7 @@ from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError, DataError, OverlongError
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.optimise.label_free import JUDGE
-from irlign.preflight import preflight
+from irlign.preflight import check_method, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.records import SPLITS, Demonstration, Prompt
@@ -242,7 +242,8 @@ def optimise(recipe: Recipe, run: Run) -> None:
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.optimise.align import Work, align
+        from irlign.optimise.align import align
+        from irlign.optimise.methods import Work
 
         choice = align(Work(run, settings, recipe.sampling, selector, template, folder, recipe.report_to), __version__)
         say(f"optimise: {choice['published']} is published: {choice['why']}")
@@ -352,6 +353,8 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
     if recipe.seeds is not None:
         raise ConfigError("a single stage runs in one run directory", where="seeds", do="give output_dir=OUT/seed-K and no seeds")
+    if name == "optimise":
+        check_method(recipe)
     with Run.open(recipe.output_dir, recipe) as here:
         for stage, function in STAGES.items():
             function(recipe, here)

@@ -141,28 +141,50 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
     return Stage("bon", 0.0, 0.0, read, flops, flops / (speed.full * SCORING), memory, disk)
 
 
+# what each method reads besides for every token that it trains on: DPO the reference; KTO that, and both policies on the rows for its KL;
+# RLOO the reference and the policy as it drew the answer; GRPO the reference
+BESIDES = {"dpo": 1, "spin": 1, "kto": 3, "rloo": 2, "grpo": 1}
+
+
+def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
+    """The rows of all rounds together, as optimise/methods.py makes them of `own` answers a round; all of these are taken to finish."""
+    o, asked, shown = recipe.optimise, sizes.prompts["train"], sizes.rows["train"]
+    each = {"weighted-sft": shown, "dpo": asked, "kto": shown + own, "spin": own}
+    each["distill"] = asked * min(o.winners, recipe.sampling.train_generations)
+    each["rloo"] = each["grpo"] = asked * o.on_policy.num_generations
+    return each[o.method] * o.rounds + (own * (o.rounds - 1) if o.method == "spin" else 0)  # spin mixes in the round before
+
+
 def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
     """Every round of the method: what it learns from is drawn and scored, it trains, and its answers on dev and test are drawn, judged and
     read under three policies; nothing where the judge has too few demonstrations."""
     o, s, p, dev = recipe.optimise, recipe.sampling, sizes.prompts, sizes.rows["dev"]
     if o.method == "none" or min(dev, p["dev"]) < FEWEST:
         return []
-    answer, distilled, held_out = _answer(recipe, sizes), o.method == "distill", p["dev"] + p["test"]
-    length, own = sizes.prompt + answer, p["train"] * s.train_generations if distilled else 0
-    pools = [(held_out, held_out * o.generations)] * o.rounds + [(p["train"], own)] * (o.rounds - 1)
-    rows = p["train"] * min(o.winners, s.train_generations) if distilled else sizes.rows["train"]
-    judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
-    texts, weighed = own * o.rounds, 3 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
-    flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(
-        texts * bool(recipe.best_of_n.likelihood) + weighed, length
+    answer, held_out, drawing = _answer(recipe, sizes), p["dev"] + p["test"], o.method in ("rloo", "grpo")
+    length, own = sizes.prompt + answer, 0 if o.method == "weighted-sft" else p["train"] * s.train_generations
+    pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
+    pools += [(p["train"], own)] * (o.rounds - 1)
+    trained = _trained(
+        "optimise", o, _rows_of_rounds(recipe, sizes, own), length, sizes.longest, shape, speed, texts=1 + (o.method in ("dpo", "spin"))
     )
+    new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
+    pools += [(new / o.on_policy.num_generations, new)] if drawing else []
+    texts = own * o.rounds * (o.method in ("distill", "dpo", "rloo", "grpo")) + new
+    judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
+    weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
+    weighed += BESIDES.get(o.method, 0) * trained.trained / length
+    likelihood = bool(recipe.best_of_n.likelihood)
+    flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(texts * likelihood + weighed, length)
     flops += shape.read(judged * o.rounds, length, False)
-    read = (texts * (_networks(recipe) + bool(recipe.best_of_n.likelihood)) + weighed + judged * o.rounds) * length
-    stage = _trained("optimise", o, rows * o.rounds, length, sizes.longest, shape, speed, read, flops)
+    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
+    # drawn here whatever the engine: no endpoint knows this policy
+    seconds = (trained.seconds or 0.0) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
     generated = sum(answers for _, answers in pools) * answer
-    seconds = (stage.seconds or 0.0) + drawn / (speed.half * SAMPLING)  # drawn here whatever the engine: no endpoint knows this policy
-    return [replace(stage, generated=generated, flops=stage.flops + drawn, seconds=seconds, disk=shape.parameters * shape.size)]
+    flops += trained.flops + drawn
+    return [Stage("optimise", generated, trained.trained, read, flops, seconds, memory, shape.parameters * shape.size)]
 
 
 def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:

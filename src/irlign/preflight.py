@@ -4,15 +4,17 @@ import os
 from pathlib import Path
 
 from irlign.evaluate.golden import is_function, load_golden
+from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
 from irlign.sampling.engine import check_engine
-from irlign.training import TrainerSettings, training_arguments
+from irlign.training import Config, TrainerSettings, training_arguments
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
-    refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
+    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, a
+    policy method whose library is missing, and a field or tracker that its training arguments refuse; ModelError for a checkpoint that is
+    no causal language model or not there. Reads configurations, never weights.
     """
     check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
     for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
@@ -22,8 +24,19 @@ def preflight(recipe: Recipe) -> None:
     if spec := recipe.evaluation.golden_reward:
         _golden(spec)
     for settings in _trained(recipe):
-        if settings.trainer or recipe.report_to != "none" or settings.lr_scheduler_type != type(settings)().lr_scheduler_type:
-            training_arguments(settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to)
+        _accepted(recipe, settings)
+    check_method(recipe)
+
+
+def check_method(recipe: Recipe) -> None:
+    """The same for the policy method alone: ConfigError where its library is missing or its training arguments refuse a field."""
+    if recipe.optimise.method != "none":
+        _accepted(recipe, recipe.optimise, own_config(recipe.optimise, recipe.sampling))
+
+
+def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:
+    if config or settings.trainer or recipe.report_to != "none" or settings.lr_scheduler_type != type(settings)().lr_scheduler_type:
+        training_arguments(settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to, config=config)
 
 
 def _golden(spec: str) -> None:
@@ -34,8 +47,7 @@ def _golden(spec: str) -> None:
 
 
 def _trained(recipe: Recipe) -> list[TrainerSettings]:
-    """The settings of every stage that trains through transformers' Trainer."""
+    """The settings of every stage before the policy method that trains through transformers' Trainer."""
     found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
     found += [] if recipe.sft_model_name_or_path else [recipe.sft]
-    found += [] if recipe.reward.kind == "features" else [recipe.reward]
-    return found if recipe.optimise.method == "none" else [*found, recipe.optimise]
+    return found if recipe.reward.kind == "features" else [*found, recipe.reward]

@@ -7,30 +7,48 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 # No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
 PLAIN_SECONDS = 5.0  # between two plain lines
 WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it
+_silenced: list[bool] = []
 _live: list[Any] = []  # the one rich display, and one entry more for each Progress inside it
 
 
 def quiet() -> bool:
-    """Whether the environment asks for silence."""
-    return os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+    """Whether the environment asks for silence, or `silently` does."""
+    return bool(_silenced) or os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """No line from what is done in here, again and again, inside something that has a line of its own."""
+    _silenced.append(True)
+    try:
+        yield
+    finally:
+        _silenced.pop()
 
 
 def hush() -> None:
     """Keep the libraries below from talking; where transformers is imported already, from drawing bars."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # TRL still writes it the old way
+    hub_constants: Any = sys.modules.get("huggingface_hub.constants")
+    if hub_constants is not None and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1":
+        hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # read when it was imported, and TRL's trainers ask it as they start
     transformers_logging: Any = sys.modules.get("transformers.utils.logging")
     if transformers_logging is not None and os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1":
         transformers_logging.disable_progress_bar()

@@ -10,8 +10,8 @@ from irlign.config import Settings, load_recipe, parse_seeds
 from irlign.data.demonstrations import DataSettings
 from irlign.errors import RunError
 from irlign.evaluate.metrics import EvaluationSettings
-from irlign.optimise.align import OptimiseSettings
 from irlign.optimise.best_of_n import BestOfNSettings
+from irlign.optimise.methods import OptimiseSettings
 from irlign.policy.pretrain import PretrainSettings
 from irlign.policy.sft import SFTSettings
 from irlign.reward.train import RewardSettings

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from irlign.errors import ConfigError, ModelError, memory_errors
 from irlign.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer
 
 
+Config = tuple[type, dict[str, Any]]  # a class derived from TrainingArguments, and the fields that a method sets in it
 BF16_PAYS_FROM = 50_000_000  # parameters: on a CPU, bf16 autocast slows smaller models
 
 
@@ -51,15 +53,19 @@ def bf16_pays(parameters: int) -> bool:
     return parameters >= BF16_PAYS_FROM and bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str) -> "TrainingArguments":
-    """TrainingArguments from the settings; `settings.trainer` wins over everything said here.
+def training_arguments(
+    settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str, config: Config | None = None
+) -> Any:
+    """TrainingArguments from the settings, or a method's own kind of them, `config`: its class and the fields it sets.
+    `settings.trainer` wins over everything said here.
 
-    Raises ConfigError where TrainingArguments refuses a field or a tracker is unknown or not installed.
+    Raises ConfigError where the class refuses a field or a tracker is unknown or not installed.
     """
     import torch
     from transformers import TrainingArguments
     from transformers.integrations import get_reporting_integration_callbacks
 
+    kind, more = config or (TrainingArguments, {})
     own = set(TrainerSettings.model_fields) - {
         "trainer",
         "use_peft",
@@ -83,12 +89,13 @@ def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.cuda.is_available(),
+        **more,
         **settings.trainer,
     }
     try:
-        arguments = TrainingArguments(**fields)
+        arguments = kind(**fields)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"TrainingArguments refuses it: {error}", where="trainer") from error
+        raise ConfigError(f"{kind.__name__} refuses it: {error}", where="trainer") from error
     try:
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()
@@ -97,15 +104,15 @@ def training_arguments(settings: TrainerSettings, folder: Path, *, seed: int, bf
     return arguments
 
 
-def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str) -> Any:
-    """The model with a LoRA adapter where `use_peft` asks for one; `task` is peft's task type."""
+def adapter(settings: TrainerSettings, task: str) -> Any:
+    """peft's LoraConfig where `use_peft` asks for an adapter, else None; `task` is peft's task type."""
     if not settings.use_peft:
-        return model
+        return None
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("peft is not installed", where="use_peft", do="pip install 'irlign[peft]'") from error
-    lora = LoraConfig(
+    return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -113,6 +120,15 @@ def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str)
         task_type=task,
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
+
+
+def with_adapter(model: "PreTrainedModel", settings: TrainerSettings, task: str) -> Any:
+    """The model with a LoRA adapter where `use_peft` asks for one; `task` is peft's task type."""
+    lora = adapter(settings, task)
+    if lora is None:
+        return model
+    from peft import get_peft_model
+
     with warnings.catch_warnings():  # peft asks for names that transformers has renamed: no news for a user
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, lora)
@@ -144,6 +160,12 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
         raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"steps": trainer.state.global_step, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+
+
+def logged(trainer: "Trainer", names: Sequence[str]) -> dict[str, list[float]]:
+    """What a trainer logged beside its loss, each name with its values in order; names that it did not log are left out."""
+    found = {name: [e[name] for e in trainer.state.log_history if e.get(name) is not None] for name in names}
+    return {name: values for name, values in found.items() if values}
 
 
 def _last_checkpoint(checkpoints: Path) -> str | None:

@@ -3,7 +3,9 @@ a stand-in here: it is told what to see."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from small import small_recipe
 from irlign.config import load_recipe
 from irlign.errors import ConfigError
 from irlign.files import hash_path, read_table
-from irlign.optimise import align
+from irlign.optimise import align, methods
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
 
@@ -117,8 +119,9 @@ def test_weighted_sft_starts_from_the_initial_policy(copied, judge):
 
 def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, monkeypatch):
     seen = []
-    won = align.won_answers
-    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *a: seen.append(won(*a)) or seen[-1]))
+    won = methods.won_answers
+    recorded = align.METHODS["distill"]._replace(rows=lambda *a: seen.append(won(*a)) or seen[-1])
+    monkeypatch.setitem(align.METHODS, "distill", recorded)
     judge(50.0, 50.0)
     run_stage("optimise", small_recipe(copied, optimise={"rounds": 2, "learning_rate": 1e-2}))
     pool = {(s["prompt_id"], s["completion"]) for s in read_table(copied / "pools/sft.parquet") if s["split"] == "train"}
@@ -127,7 +130,7 @@ def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, mon
 
 
 def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):
-    monkeypatch.setitem(align.METHODS, "distill", (align.train_distill, "sft", lambda *_: []))
+    monkeypatch.setitem(align.METHODS, "distill", align.METHODS["distill"]._replace(rows=lambda *_: []))
     run_stage("optimise", small_recipe(copied))
     assert _choice(copied)["published"] == "sft" and "no train prompt has a finished answer" in _choice(copied)["why"]
 
@@ -135,3 +138,34 @@ def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch)
 def test_weighted_sft_has_no_rounds(tmp_path):
     with pytest.raises(ConfigError, match="learns from demonstrations"):
         load_recipe(Recipe, small_recipe(tmp_path, optimise={"method": "weighted-sft", "rounds": 2}))
+
+
+@pytest.mark.parametrize(
+    ("method", "reward", "rounds"), [("dpo", True, 2), ("spin", False, 2), ("kto", False, 1), ("rloo", True, 1), ("grpo", True, 1)]
+)
+def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method, reward, rounds):
+    """On a real run: weights moved from pi_SFT's, losses are finite, and what the judge likes is published with its card. A model this
+    small seldom ends an answer, so all count as finished."""
+    pytest.importorskip("trl")
+    own = methods.own_answers
+    monkeypatch.setattr(methods, "own_answers", lambda *a: [replace(s, finish_reason="eos") for s in own(*a)])
+    judge(50.0, 90.0)
+    changes = {"method": method, "rounds": rounds, "trainer": {"logging_steps": 1}, "max_steps": 3}
+    run_stage("optimise", small_recipe(copied, optimise=changes))
+    choice = _choice(copied)
+    assert choice["published"] == f"round-{rounds}" and (choice["reward"] is not None) == reward
+    training = choice["candidates"][choice["published"]]["training"]
+    assert training["steps"] == len(training["losses"]) == 3 and np.isfinite(training["losses"]).all() and training["rows"] > 0
+    assert all(len(values) <= 3 and np.isfinite(values).all() for values in training["logged"].values()) and any(
+        training["logged"].values()
+    )
+    assert hash_path(copied / "policies/aligned" / WEIGHTS) != hash_path(copied / "policies/sft" / WEIGHTS)
+    if method == "spin":  # the second round mixes in the answers that the first learned from
+        assert training["rows"] > choice["candidates"]["round-1"]["training"]["rows"]
+    assert f"Trained by `{method}`" in (copied / "policies/aligned/README.md").read_text()
+
+
+def test_spin_goes_on_from_the_round_before(tmp_path):
+    work = methods.Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), None, None, "", "none", tmp_path / "work")
+    assert [work.start(1, "before"), work.start(3, "sft")] == [tmp_path / "policies/sft"] * 2
+    assert work.start(3, "before") == tmp_path / "work/rounds/2/policy"

@@ -1,33 +1,24 @@
 """The stage `optimise`: rounds of a method make candidates for the aligned policy, and the safety net publishes one of them or pi_SFT.
 
-Each round starts from the same policy again; what changes from round to round is whose answers it learns from: those of pi_SFT in the
-first, those of the round before in the others.
+Each round starts from the same policy again (spin: from the round before); what changes from round to round is whose answers it learns
+from: those of pi_SFT in the first, those of the round before in the others.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
-from irlign.optimise.best_of_n import scored_text
-from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.label_free import FEWEST, judge_pool
+from irlign.optimise.methods import METHODS, Work, own_config
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
-from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
-from irlign.reward.load import score_all
-from irlign.runs import Run
-from irlign.sampling.engine import SamplingSettings
-from irlign.sampling.pools import draw_pool, read_pool, stored_samples
-from irlign.training import TrainerSettings
+from irlign.sampling.pools import stored_samples
 
 CARD = """---
 library_name: transformers
@@ -49,81 +40,14 @@ TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out dem
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
 
-class OptimiseSettings(TrainerSettings):
-    """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
-
-    method: Literal["distill", "weighted-sft", "none"] = Field(
-        "distill",
-        description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; none: leave the stage out",
-    )
-    rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
-    winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
-    generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
-
-    @model_validator(mode="after")
-    def _one_round(self) -> "OptimiseSettings":
-        if self.method == "weighted-sft" and self.rounds > 1:
-            raise ValueError(
-                "a round learns from samples of the one before, and weighted-sft learns from demonstrations: leave optimise.rounds out"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the stage works on: a run up to `bon`, the settings, `reward` (the one that selects), and the folder it builds in."""
-
-    run: Run
-    settings: OptimiseSettings
-    sampling: SamplingSettings
-    reward: str
-    chat_template: str
-    folder: Path
-    report_to: str = "none"
-
-    def round(self, number: int) -> Path:
-        """Where a round's policy, pools and log are built."""
-        return self.folder / "rounds" / str(number)
-
-    def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
-        """Samples of a round's policy, in `NAME.parquet` beside it. Its weights are here and no endpoint knows it, so they are drawn here."""
-        pool = self.round(number) / f"{name}.parquet"
-        about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
-        draw_pool(self.round(number) / "policy", wanted, self.sampling.model_copy(update={"engine": "transformers"}), folder=pool, **about)
-        return read_pool(pool)
-
-
-def won_answers(work: Work, number: int) -> list[Sample]:
-    """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
-    samples = stored_samples(work.run, "sft", "train")
-    if number > 1:
-        asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
-        samples = work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
-    prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    scores = score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)
-    return winners(samples, scores[work.reward], work.settings.winners)
-
-
-def demonstrated(work: Work, number: int) -> list[Demonstration]:
-    """The train demonstrations."""
-    return stored_demonstrations(work.run, "train")
-
-
-Method = tuple[Callable[..., dict[str, Any]], str, Callable[[Work, int], Sequence[Any]]]
-METHODS: dict[str, Method] = {  # how it trains, from which policy, on what
-    "distill": (train_distill, "sft", won_answers),
-    "weighted-sft": (train_weighted_sft, "init", demonstrated),
-}
-
-
 def align(work: Work, version: str) -> dict[str, Any]:
     """Make the candidates, choose, and write policies/aligned, pools/aligned.parquet and optimise/choice.json below the work's folder.
 
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
     rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-    learns = METHODS[work.settings.method][2] is won_answers
-    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if learns else None}
+    rewarded = "{reward}" in METHODS[work.settings.method].source
+    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if rewarded else None}
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
     else:
@@ -136,7 +60,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
 
 def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str, Any]:
     """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
-    train, start, rows_of = METHODS[work.settings.method]
+    method = METHODS[work.settings.method]
     wanted = [
         (p, work.settings.generations)
         for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
@@ -147,11 +71,13 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
     for number in range(1, work.settings.rounds + 1):
         place = work.round(number)
         if not (place / "log.json").exists():
-            if not (rows := rows_of(work, number)):
+            if not (rows := method.rows(work, number)):
                 break
             options: dict[str, Any] = {"chat_template": work.chat_template, "seed": work.run.seed, "report_to": work.report_to}
             options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
-            write_json(place / "log.json", train(work.run.path("policies", start), rows, shown, work.settings, **options))
+            options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
+            options |= method.options(work)
+            write_json(place / "log.json", method.train(work.start(number, method.start), rows, shown, work.settings, **options))
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
         found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
@@ -201,7 +127,7 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        learned = f"answers chosen by the reward `{choice['reward']}`" if choice["reward"] else "demonstrations"
+        learned = METHODS[choice["method"]].source.format(**choice)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
     (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")

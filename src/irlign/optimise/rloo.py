@@ -1,0 +1,202 @@
+"""On-policy: the policy draws answers as it learns, the reward scores them, and the better ones become likelier; RLOO and GRPO through TRL.
+
+`max_pi E_{y ~ pi}[r(x, y)] - beta KL(pi || pi_SFT)`. The reward scores the answer's text in its own format, as everywhere; TRL's own
+scoring would leave out BOS and EOS and cut nothing. A frozen reward under on-policy training is what blows answers up in length: so the
+KL, a control of the length, and the safety net.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from irlign.config import Settings
+from irlign.data.chat import Format
+from irlign.errors import ConfigError, DataError
+from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.preference import need_trl
+from irlign.policy.likelihood import mean_nll
+from irlign.policy.load import Policy, load_policy, save_policy
+from irlign.progress import say, silently
+from irlign.records import Demonstration, Message, Prompt, Sample
+from irlign.reward.contrasts import ended
+from irlign.reward.load import kept, load_reward
+from irlign.reward.model import RewardModel
+from irlign.sampling.engine import SamplingSettings
+from irlign.training import Config, TrainerSettings, adapter, bf16_pays, fit, logged, merged, training_arguments
+
+METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std")
+
+
+class OnPolicySettings(Settings):
+    """rloo, grpo. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
+
+    beta: float = Field(0.05, ge=0, description="standard deviations of the reward that a nat of KL to pi_SFT costs; 0 lets the policy go")
+    num_generations: int = Field(
+        8, ge=2, description="answers to a prompt that are weighed against each other; the rows of a step are a multiple of it"
+    )
+    length_penalty: float = Field(
+        1.0,
+        ge=0,
+        description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
+    )
+
+
+def shaped(scores_B: np.ndarray, tokens_B: np.ndarray, usual_B: np.ndarray, cut_B: np.ndarray, penalty: float) -> np.ndarray:
+    """`score - penalty (max(0, tokens / usual - 1) + cut)`: longer than pi_SFT's usual answer costs, shorter does not. Shape [B]."""
+    return scores_B - penalty * (np.maximum(0.0, tokens_B / usual_B - 1.0) + cut_B)
+
+
+def passes(count: int, epochs: float, step: int, seed: int) -> list[int]:
+    """Indices of `count` prompts in `epochs` shuffled passes, filled up to whole steps of `step` prompts. TRL's own sampler drops what
+    fills no step, and shuffles otherwise after a resume."""
+    wanted = max(1, -(-round(count * epochs) // step)) * step
+    order = np.random.default_rng(seed)
+    return [int(i) for _ in range(-(-wanted // count)) for i in order.permutation(count)][:wanted]
+
+
+def readable(form: Format, prompts: Sequence[Prompt], room: int) -> dict[int, Any]:
+    """What TRL is given of each prompt, by its index, text or messages; prompts that TRL would read as other tokens than the format does
+    (a special token in the user's text), or that leave no room for an answer, are left out."""
+    tokenizer: Any = form.tokenizer
+    found: dict[int, Any] = {}
+    for index, ids in enumerate(form.prompts_ids([p.content for p in prompts])):
+        given: Any = prompts[index].content
+        if form.template is None:
+            read = tokenizer(text=given)["input_ids"]
+        else:
+            given = [Message(role="user", content=given)] if isinstance(given, str) else list(given)
+            read = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        if read == ids and len(ids) <= room:
+            found[index] = given
+    return found
+
+
+def reward_function(
+    reward: RewardModel, form: Format, samples: Sequence[Sample], ends: set[int], penalty: float
+) -> Callable[..., list[float]]:
+    """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
+    answers, over which rewards are standardised, and whose mean length for a prompt is its usual one."""
+    asked = {s.prompt.prompt_id: s.prompt for s in samples}
+    known = reward.score([s.prompt.content for s in samples], [scored_text(s) for s in samples])
+    center, scale = float(known.mean()), float(known.std()) or 1.0
+    tokens: dict[str, list[int]] = {}
+    for sample in samples:
+        tokens.setdefault(sample.prompt.prompt_id, []).append(sample.tokens)
+    usual_P = np.array([np.mean(tokens[prompt_id]) for prompt_id in asked])
+    contents = [p.content for p in asked.values()]
+    prompt_ids = form.prompts_ids(contents)
+
+    def scored(completion_ids: Sequence[Sequence[int]], index: Sequence[int], **_: Any) -> list[float]:
+        finished = [ids[-1] in ends for ids in completion_ids]
+        bodies = [list(ids[:-1]) if done else list(ids) for ids, done in zip(completion_ids, finished, strict=True)]
+        texts = form.decode_completions([prompt_ids[i] for i in index], bodies)
+        with silently():
+            scores_B = reward.score([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)])
+        tokens_B, cut_B = np.array([len(ids) for ids in completion_ids]), ~np.array(finished)
+        return shaped((scores_B - center) / scale, tokens_B, usual_P[list(index)], cut_B, penalty).tolist()
+
+    return scored
+
+
+def on_policy_config(method: Literal["rloo", "grpo"], settings: OnPolicySettings, sampling: SamplingSettings) -> Config:
+    """TRL's arguments. Every sampling field is passed, so the model's generation_config narrows none; dropout is off, so that answers are
+    drawn by the policy that is trained. Raises ConfigError for stop strings, which TRL does not know."""
+    need_trl()
+    from trl import GRPOConfig, RLOOConfig
+
+    if sampling.stop:
+        do = "leave it out, or use a method that learns from stored answers: distill or dpo"
+        raise ConfigError(f"{method} draws answers as it learns, and TRL knows no stop strings", where="sampling.stop", do=do)
+    return {"rloo": RLOOConfig, "grpo": GRPOConfig}[method], {
+        "beta": settings.beta,
+        "num_generations": settings.num_generations,
+        "max_completion_length": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "shuffle_dataset": False,  # `passes` has shuffled
+        "num_train_epochs": 1,
+        "disable_dropout": True,
+        "gradient_checkpointing": False,
+    }
+
+
+def train_on_policy(
+    sft: Path,
+    train: Sequence[Sample],
+    dev: Sequence[Demonstration],
+    settings: TrainerSettings,
+    *,
+    config: Config,
+    reward: Path,
+    length_penalty: float,
+    chat_template: str,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
+    report_to: str,
+) -> dict[str, Any]:
+    """Train the policy in `sft`, which is also the reference, on the prompts of its answers `train`, and save it in `folder` as a plain
+    transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
+    reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
+
+    Returns steps, losses, what TRL logged, `rows` (prompts that were asked) and `left_out` (those that were not), and the loss on the dev
+    demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no prompt is left.
+    """
+    from datasets import Dataset
+    from transformers import set_seed
+    from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    set_seed(seed)
+    policy = load_policy(str(sft), "sft")
+    form = Format(policy.tokenizer, chat_template)
+    prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
+    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
+    before = mean_nll(policy, dev_rows) if dev_rows else None
+
+    stored = policy.model.dtype
+    if not settings.use_peft:
+        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
+    parameters = sum(p.numel() for p in policy.model.parameters())
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
+    rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
+    scorer: Any = reward_function(kept(load_reward(reward)), form, train, _ends(policy), length_penalty)
+    scorer.__name__ = "shaped"
+    trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
+        model=policy.model,
+        reward_funcs=scorer,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
+        peft_config=adapter(settings, "CAUSAL_LM"),
+    )
+    log = {**fit(trainer, "optimise", checkpoints), "logged": logged(trainer, METRICS)}
+    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
+    save_policy(tuned, folder)
+    asked = len({row["index"] for row in rows})
+    counts = {"rows": asked, "left_out": len(prompts) - asked}
+    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, **counts}
+
+
+def _rows(form: Format, prompts: Sequence[Prompt], settings: TrainerSettings, arguments: Any, room: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of a Dataset for TRL, all passes in one. Raises DataError where no prompt is left."""
+    read = readable(form, prompts, room)
+    if not read:
+        do = "lower sampling.max_new_tokens, or use a method that learns from stored answers: distill or dpo"
+        raise DataError("TRL reads none of the train prompts as the format of this run does, or none leaves room for an answer", do=do)
+    if len(read) < len(prompts):
+        say(
+            f"optimise: {len(prompts) - len(read)} of {len(prompts)} prompts are left out: TRL reads them as other tokens, or they are too long"
+        )
+    step, known = arguments.generation_batch_size // arguments.num_generations, list(read)
+    return [{"prompt": read[known[i]], "index": known[i]} for i in passes(len(known), settings.num_train_epochs, step, seed)]
+
+
+def _ends(policy: Policy) -> set[int]:
+    """The tokens that end an answer, for TRL and for our sampler alike."""
+    ends: Any = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
+    return {int(policy.tokenizer.eos_token_id), *(e for e in (ends if isinstance(ends, list) else [ends]) if e is not None)}  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""On-policy methods: what TRL is given and gives back, the shape of the reward by hand, and that the reward is what is learned."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+pytest.importorskip("trl")
+
+from tiny import make_tiny_policy, make_tiny_tokenizer
+
+from irlign import training
+from irlign.data.chat import Format
+from irlign.errors import ConfigError, DataError
+from irlign.optimise import rloo
+from irlign.optimise.rloo import OnPolicySettings, on_policy_config, passes, readable, reward_function, shaped, train_on_policy
+from irlign.policy.load import load_policy
+from irlign.records import Demonstration, Prompt, Sample
+from irlign.sampling.engine import SamplingSettings
+from irlign.training import TrainerSettings
+
+ANIMALS = ("cat", "dog", "bird")
+PROMPTS = [Prompt.of(f"the {colour} {animal}", "train") for colour in ("red", "blue") for animal in ANIMALS]
+SAMPLES = [Sample(p, i, text, "eos", 4, -1.0) for p in PROMPTS for i, text in enumerate((" sat on.", " cat now!"))]
+DEV = [Demonstration(Prompt.of("a red cat", "dev"), " sat on the mat.")]
+
+
+class Cats:
+    """A reward that counts cats."""
+
+    name = "cats"
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, prompts, completions):
+        self.seen += list(zip(prompts, completions, strict=True))
+        return np.array([float(text.count("cat")) for text in completions])
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return make_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def test_longer_than_usual_and_cut_costs():
+    scores, tokens, usual = np.array([1.0, 1.0, 1.0, 1.0]), np.array([5, 10, 25, 40]), np.full(4, 10.0)
+    assert shaped(scores, tokens, usual, np.array([False, False, False, True]), 2.0).tolist() == [1.0, 1.0, -2.0, -7.0]
+    assert shaped(scores, tokens, usual, np.array([True] * 4), 0.0).tolist() == scores.tolist()
+
+
+def test_passes_fill_whole_steps_and_drop_nobody():
+    order = passes(5, 2, 4, seed=3)
+    assert len(order) == 12 and sorted(order[:5]) == sorted(order[5:10]) == list(range(5)) and order[:5] != order[5:10]
+    assert passes(5, 2, 4, seed=3) == order != passes(5, 2, 4, seed=4)
+    assert Counter(passes(3, 0.01, 4, seed=0)).total() == 4
+
+
+@pytest.mark.parametrize("template", ["none", "hh", "chatml"])
+def test_prompts_that_trl_reads_otherwise_are_left_out(template):
+    """A special token in the user's text, which the format reads as plain text, and a prompt without room for an answer."""
+    tokenizer = make_tiny_tokenizer()
+    form = Format(tokenizer, template)
+    prompts = [Prompt.of(text, "train") for text in ("the cat", "the </s> cat", "a dog " * 40, " now.")]
+    found = readable(form, prompts, 60)
+    assert list(found) == [0, 3]
+    given = found[0]
+    read = tokenizer(given) if template == "none" else tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
+    assert read["input_ids"] == form.prompt_ids("the cat")
+
+
+def test_the_reward_sees_the_text_after_its_prompt_and_the_ending():
+    """Decoded after the prompt, EOS taken off, a cut answer up to its last whole sentence; standardised over pi_SFT's answers."""
+    form = Format(make_tiny_tokenizer(), "none")
+    samples = [Sample(PROMPTS[0], 0, " cat cat.", "eos", 4, -1.0), Sample(PROMPTS[1], 0, " dog.", "eos", 2, -1.0)]
+    reward = Cats()
+    score = reward_function(reward, form, samples, {2}, 0.5)
+    center, scale = 1.0, 1.0  # of 2 and 0 cats
+    ids = [form.completion_ids("the dog", text) for text in (" cat cat cat.", " sat. cat")]
+    ids[1] = ids[1][:-1]  # cut
+    found = score(prompts=[], completions=[], completion_ids=ids, index=[1, 0], trainer_state=None)
+    assert reward.seen[2:] == [(PROMPTS[1].content, " cat cat cat."), (PROMPTS[0].content, " sat.")]
+    lengths = [len(ids[0]) / 2 - 1, 0.0]
+    expected = [(3.0 - center) / scale - 0.5 * lengths[0], (0.0 - center) / scale - 0.5 * (lengths[1] + 1)]
+    assert lengths[0] > 0 and found == pytest.approx(expected)
+
+
+def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path):
+    with pytest.raises(ConfigError, match="TRL knows no stop strings"):
+        on_policy_config("grpo", OnPolicySettings(), SamplingSettings(stop=["\n"]))
+    config = on_policy_config("rloo", OnPolicySettings(num_generations=3), SamplingSettings())
+    with pytest.raises(ConfigError, match="RLOOConfig refuses it"):
+        training.training_arguments(TrainerSettings(), tmp_path, seed=0, bf16=False, report_to="none", config=config)
+
+
+def _train(method, policy, folder, monkeypatch, **settings):
+    monkeypatch.setattr(rloo, "load_reward", lambda path: Cats())
+    config = on_policy_config(method, OnPolicySettings(num_generations=4), SamplingSettings(max_new_tokens=12))
+    defaults = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, "trainer": {"logging_steps": 1}}
+    places = {"folder": folder / "aligned", "checkpoints": folder / "checkpoints"}
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": folder, "length_penalty": 0.0}
+    settings = TrainerSettings(**{**defaults, **settings})
+    return train_on_policy(policy, SAMPLES, DEV, settings, config=config, **options, **places)
+
+
+@pytest.mark.parametrize(("method", "peft"), [("rloo", False), ("rloo", True), ("grpo", False)])
+def test_it_learns_what_the_reward_wants(tmp_path, policy, monkeypatch, method, peft):
+    settings = {"num_train_epochs": 8, "use_peft": peft, "lora_r": 4, "learning_rate": 3e-2 if peft else 1e-2}
+    log = _train(method, policy, tmp_path, monkeypatch, **settings)
+    assert log["steps"] == 24 == len(log["losses"]) and np.isfinite(log["losses"]).all() and (log["rows"], log["left_out"]) == (6, 0)
+    rewards, kl = log["logged"]["reward"], log["logged"]["kl"]
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.5 and kl[0] == pytest.approx(0, abs=1e-3) and kl[-1] > 0.01
+    assert len(log["logged"]["completions/mean_length"]) == 24 and log["dev_nll"]["aligned"] != log["dev_nll"]["start"]
+    before, after = load_policy(str(policy)), load_policy(str(tmp_path / "aligned"))
+    assert after.tokenizer.pad_token == before.tokenizer.pad_token and not list((tmp_path / "aligned").glob("adapter*"))
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_every_sampling_field_and_the_kl_reach_trl(tmp_path, method):
+    sampling = SamplingSettings(temperature=0.7, top_p=0.9, top_k=5, max_new_tokens=11)
+    config = on_policy_config(method, OnPolicySettings(beta=0.3, num_generations=4), sampling)
+    found = training.training_arguments(TrainerSettings(), tmp_path, seed=0, bf16=False, report_to="none", config=config)
+    assert (found.temperature, found.top_p, found.top_k, found.max_completion_length) == (0.7, 0.9, 5, 11)
+    assert (found.beta, found.num_generations, found.steps_per_generation, found.disable_dropout) == (0.3, 4, 1, True)
+
+
+def test_no_prompt_that_trl_can_read_is_an_error(tmp_path, policy, monkeypatch):
+    monkeypatch.setattr(rloo, "readable", lambda *_: {})
+    with pytest.raises(DataError, match="TRL reads none of the train prompts"):
+        _train("rloo", policy, tmp_path, monkeypatch)
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def test_a_killed_training_goes_on_and_ends_the_same(tmp_path, policy, monkeypatch):
+    """Six steps, killed in the fifth and taken up after the third: the same prompts and the same answers follow."""
+
+    class Dying(training.Progress):
+        def advance(self, n=1, note=""):
+            super().advance(n, note)
+            if self.done == 5 and n:
+                raise Killed
+
+    saving = {"num_train_epochs": 4, "max_steps": 6, "trainer": {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}}
+    whole = _train("grpo", policy, tmp_path / "whole", monkeypatch, **saving)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "Progress", Dying)
+        with pytest.raises(Killed):
+            _train("grpo", policy, tmp_path / "cut", monkeypatch, **saving)
+    assert (tmp_path / "cut/checkpoints/checkpoint-3").is_dir()
+    assert _train("grpo", policy, tmp_path / "cut", monkeypatch, **saving) == whole and math.isfinite(whole["loss"])
+    weights = [(tmp_path / name / "aligned/model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
