@@ -81,6 +81,14 @@ def test_every_policy_method_by_hand(method, trained, drawn, scored, besides):
     assert found.seconds > 0 and found.memory >= _stages()["optimise"].memory
 
 
+def test_more_answers_than_are_stored_are_drawn_anew():
+    """Three are stored for each of 10 train prompts: two of them cost nothing, five are drawn and scored in the place of all three."""
+    stored, two, five = (_stages("optimise.winners=2", *more)["optimise"] for more in ([], ["optimise.answers=2"], ["optimise.answers=5"]))
+    assert two.generated == stored.generated and five.generated == stored.generated + 50 * 15
+    assert five.read - stored.read == 2 * 20 * 20 and stored.read - two.read == 2 * 10 * 20
+    assert stored.trained == two.trained == five.trained == 3 * 10 * 2 * 20
+
+
 def test_rounds_of_spin_mix_in_the_round_before():
     one, three = (_stages("optimise.method=spin", f"optimise.rounds={n}")["optimise"] for n in (1, 3))
     assert three.trained == 5 * one.trained and three.generated == 3 * one.generated + 2 * 30 * 15

@@ -150,7 +150,7 @@ def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
     """The rows of all rounds together, as optimise/methods.py makes them of `own` answers a round; all of these are taken to finish."""
     o, asked, shown = recipe.optimise, sizes.prompts["train"], sizes.rows["train"]
     each = {"weighted-sft": shown, "dpo": asked, "kto": shown + own, "spin": own}
-    each["distill"] = asked * min(o.winners, recipe.sampling.train_generations)
+    each["distill"] = asked * min(o.winners, o.answers or recipe.sampling.train_generations)
     each["rloo"] = each["grpo"] = asked * o.on_policy.num_generations
     return each[o.method] * o.rounds + (own * (o.rounds - 1) if o.method == "spin" else 0)  # spin mixes in the round before
 
@@ -162,9 +162,10 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     if o.method == "none" or min(dev, p["dev"]) < FEWEST:
         return []
     answer, held_out, drawing = _answer(recipe, sizes), p["dev"] + p["test"], o.method in ("rloo", "grpo")
-    length, own = sizes.prompt + answer, 0 if o.method == "weighted-sft" else p["train"] * s.train_generations
+    each = s.train_generations if drawing else 0 if o.method == "weighted-sft" else o.answers or s.train_generations
+    length, own = sizes.prompt + answer, p["train"] * each
     pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
-    pools += [(p["train"], own)] * (o.rounds - 1)
+    pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
     trained = _trained(
         "optimise", o, _rows_of_rounds(recipe, sizes, own), length, sizes.longest, shape, speed, texts=1 + (o.method in ("dpo", "spin"))
     )

@@ -129,6 +129,19 @@ def test_each_round_learns_from_the_answers_of_the_one_before(copied, judge, mon
     assert first <= pool and not second <= pool and {p for p, _ in first | second} <= {p for p, _ in pool}
 
 
+def test_more_answers_than_are_stored_are_drawn_from_the_sft_policy(copied, judge, monkeypatch):
+    seen = []
+    own = methods.own_answers
+    monkeypatch.setattr(methods, "own_answers", lambda *a: seen.append(own(*a)) or seen[-1])
+    stored = [s for s in read_table(copied / "pools/sft.parquet") if s["split"] == "train"]
+    each = len(stored) // len(asked := {s["prompt_id"] for s in stored})
+    for answers in (each - 1, each + 2):
+        judge(50.0)
+        run_stage("optimise", small_recipe(copied, optimise={"answers": answers}))
+        assert sorted(s.prompt.prompt_id for s in seen[-1]) == sorted([*asked] * answers)
+    assert {s.completion for s in seen[0]} <= {s["completion"] for s in stored}
+
+
 def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):
     monkeypatch.setitem(align.METHODS, "distill", align.METHODS["distill"]._replace(rows=lambda *_: []))
     run_stage("optimise", small_recipe(copied))
@@ -147,8 +160,9 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
     """On a real run: weights moved from pi_SFT's, losses are finite, and what the judge likes is published with its card. A model this
     small seldom ends an answer, so all count as finished."""
     pytest.importorskip("trl")
-    own = methods.own_answers
-    monkeypatch.setattr(methods, "own_answers", lambda *a: [replace(s, finish_reason="eos") for s in own(*a)])
+    for name in ("own_answers", "stored_samples"):
+        read = getattr(methods, name)
+        monkeypatch.setattr(methods, name, lambda *a, read=read: [replace(s, finish_reason="eos") for s in read(*a)])
     judge(50.0, 90.0)
     changes = {"method": method, "rounds": rounds, "trainer": {"logging_steps": 1}, "max_steps": 3}
     run_stage("optimise", small_recipe(copied, optimise=changes))

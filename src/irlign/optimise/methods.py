@@ -50,6 +50,9 @@ class OptimiseSettings(TrainerSettings):
         "answers drawn and scored as it learns; none: leave the stage out",
     )
     rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
+    answers: int | None = Field(
+        None, ge=1, description="answers to each train prompt that a round learns from; null: sampling.train_generations, which are stored"
+    )
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo, spin, kto")
@@ -80,28 +83,28 @@ class Work:
         """Where a round's policy, pools and log are built."""
         return self.folder / "rounds" / str(number)
 
+    def policy(self, number: int) -> Path:
+        """A round's policy; pi_SFT stands before the first."""
+        return self.round(number) / "policy" if number else self.run.path("policies/sft")
+
     def start(self, number: int, name: str) -> Path:
-        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before (pi_SFT in
-        the first)."""
-        if name == "before" and number > 1:
-            return self.round(number - 1) / "policy"
-        return self.run.path("policies", "sft" if name == "before" else name)
+        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before."""
+        return self.policy(number - 1) if name == "before" else self.run.path("policies", name)
 
     def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
         """Samples of a round's policy, in `NAME.parquet` beside it. Its weights are here and no endpoint knows it, so they are drawn here."""
         pool = self.round(number) / f"{name}.parquet"
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
-        draw_pool(self.round(number) / "policy", wanted, self.sampling.model_copy(update={"engine": "transformers"}), folder=pool, **about)
+        draw_pool(self.policy(number), wanted, self.sampling.model_copy(update={"engine": "transformers"}), folder=pool, **about)
         return read_pool(pool)
 
 
 def own_answers(work: Work, number: int) -> list[Sample]:
-    """The answers of the policy before this round to the train prompts."""
-    samples = stored_samples(work.run, "sft", "train")
-    if number == 1:
-        return samples
-    asked = {s.prompt.prompt_id: s.prompt for s in samples}.values()
-    return work.draw(number - 1, "train", [(p, work.sampling.train_generations) for p in asked])
+    """The answers of the policy before this round to the train prompts: those of pi_SFT are stored, and drawn anew where they are too few."""
+    stored, wanted = stored_samples(work.run, "sft", "train"), work.settings.answers or work.sampling.train_generations
+    if number == 1 and wanted <= work.sampling.train_generations:
+        return [s for s in stored if s.index < wanted]
+    return work.draw(number - 1, "train", [(p, wanted) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
 
 
 def scored(work: Work, samples: Sequence[Sample]) -> np.ndarray:
@@ -135,8 +138,8 @@ def shown_and_own(work: Work, number: int) -> list[Labelled]:
 
 
 def first_answers(work: Work, number: int) -> list[Sample]:
-    """pi_SFT's answers to the train prompts: where a policy that draws its own starts."""
-    return own_answers(work, 1)
+    """pi_SFT's stored answers to the train prompts: where a policy that draws its own starts."""
+    return stored_samples(work.run, "sft", "train")
 
 
 def pairing(settings: OptimiseSettings, _: SamplingSettings) -> Config:
