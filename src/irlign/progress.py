@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 # No telemetry, no bars but ours, no advice about forks; whoever sets one of these keeps it.
@@ -25,6 +26,17 @@ _live: list[Any] = []  # the one rich display, and one entry more for each Progr
 def quiet() -> bool:
     """Whether the environment asks for silence."""
     return os.environ.get("IRLIGN_QUIET", "0").lower() not in ("", "0", "false", "no")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Nothing is said inside the block: a server's batches are no news."""
+    before = os.environ.get("IRLIGN_QUIET")
+    os.environ["IRLIGN_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("IRLIGN_QUIET") if before is None else os.environ.update(IRLIGN_QUIET=before)
 
 
 def hush() -> None:

@@ -1,7 +1,7 @@
 """Rewards that need no training: log pi_SFT(y|x) - log pi_0(y|x), the optimum that init-sft approximates, whole or a token; and
 log pi_SFT(y|x) a token alone, how likely pi_SFT itself finds an answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from irlign.data.chat import Format
 from irlign.policy.likelihood import sequence_log_probs
-from irlign.policy.load import load_policy
+from irlign.policy.load import Policy, load_policy
 from irlign.progress import Progress
 from irlign.records import PromptContent
 
@@ -24,6 +24,7 @@ class LogRatio:
     def __init__(self, sft: Path, init: Path, chat_template: str, name: str = "log-ratio", *, per_token: bool = False, alone: bool = False):
         self.policies, self.chat_template, self.name = {"sft": sft, "init": init}, chat_template, name
         self.per_token, self.alone = per_token, alone
+        self.loader: Callable[[str, str], Policy] = load_policy
 
     @classmethod
     def load(cls, folder: Path, reward: dict[str, Any]) -> "LogRatio":
@@ -51,7 +52,7 @@ class LogRatio:
         policies = {"sft": self.policies["sft"]} if self.alone else self.policies
         with Progress(f"score {self.name}", len(policies) * len(prompts), "answers") as bar:
             for side, folder in policies.items():
-                policy = load_policy(str(folder), side)
+                policy = self.loader(str(folder), side)
                 rows = Format(policy.tokenizer, self.chat_template).encode(prompts, completions)
                 nats.append(sequence_log_probs(policy, rows, bar))
                 tokens.append([len(row.within(policy.max_length).completion_ids) for row in rows])
