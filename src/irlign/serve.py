@@ -81,7 +81,11 @@ class Server:
         async def unknown(request: Request, error: Any) -> Response:
             return error_response(Refused(error.status_code, f"{request.method} {request.url.path} is not served here"))
 
+        async def broken(request: Request, error: Exception) -> Response:
+            return error_response(Refused(500, "an error of the server's own; its log says which"))
+
         app.add_exception_handler(Refused, refused)
+        app.add_exception_handler(Exception, broken)
         app.add_exception_handler(HTTPException, unknown)
         return app
 

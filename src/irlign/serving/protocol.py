@@ -174,14 +174,15 @@ def _required(kind: type[BaseModel]) -> set[str]:
 
 
 def _explained(error: ValidationError) -> Refused:
-    """The first problem in a request: which field, what was expected."""
-    problem = error.errors(include_url=False, include_input=False)[0]
-    place, text = [str(part) for part in problem["loc"]], problem["msg"]
+    """The first problem in a request, of those that lie deepest: which field, what was expected."""
+    problem = max(error.errors(include_url=False, include_input=False), key=lambda p: len(p["loc"]))
+    place, text = problem["loc"], problem["msg"]
+    name = ".".join(str(part) for part in place if isinstance(part, int) or (part.isidentifier() and part != "str"))  # no pydantic words
+    if place[0] == "messages" and len(place) > 3:
+        return Refused(400, f"{name}: only parts of the type text are read: images, sound and files are not", param="messages")
     if problem["type"] == "extra_forbidden":
-        return Refused(400, f"{'.'.join(place)} is not served here", param=place[0], code="unsupported_parameter")
-    if place[0] == "messages" and "type" in place:
-        text = "only parts of the type text are read: images, sound and files are not"
-    return Refused(400, f"{'.'.join(place)}: {text[:1].lower()}{text[1:]}", param=place[0])
+        return Refused(400, f"{name} is not served here", param=str(place[0]), code="unsupported_parameter")
+    return Refused(400, f"{name}: {text[:1].lower()}{text[1:]}", param=str(place[0]))
 
 
 class Reply:
