@@ -1,12 +1,12 @@
 """The server over loopback with the official client: what it answers is what the run selects, and what it cannot serve it refuses."""
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,17 +17,26 @@ import numpy as np
 import openai
 import openai_server
 import pytest
-import uvicorn
+from served import serving
 from small import small_recipe
+from tiny import make_tiny_policy
 
+from irlign.cli import main
+from irlign.data.chat import Format
 from irlign.errors import ConfigError, RunError
 from irlign.files import read_json, read_table, write_json
 from irlign.optimise.best_of_n import select
+from irlign.optimise.distill import winners
 from irlign.pipeline import run_stage
+from irlign.policy.load import load_tokenizer
+from irlign.records import Prompt
 from irlign.reward.contrasts import ended
 from irlign.reward.load import load_reward
+from irlign.reward.log_ratio import LogRatio
 from irlign.runs import request_seed
-from irlign.serve import Limits, Server, Wanted, startup
+from irlign.sampling.engine import Request, SamplingSettings, load_engine
+from irlign.serve import Limits, Wanted, startup
+from irlign.serving.answers import Answerer, Served
 from irlign.serving.load import load_answerer
 
 MOST = 2  # the label-free n that the run is given here; it drew 4 candidates of each prompt
@@ -52,27 +61,9 @@ def copied(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copied"))
 
 
-@contextlib.contextmanager
-def serving(folder, wanted=Wanted(), limits=Limits(), key="", answerer=None):
-    """A server in a thread: itself, and the official client for it."""
-    server = Server(answerer or load_answerer(folder, wanted), limits, key)
-    http = uvicorn.Server(uvicorn.Config(server, port=0, log_level="warning", access_log=False))
-    thread = threading.Thread(target=http.run)
-    thread.start()
-    while not http.started:
-        thread.join(0.01)
-    port = http.servers[0].sockets[0].getsockname()[1]
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key or "none", max_retries=0, timeout=60) as client:
-        try:
-            yield server, client
-        finally:
-            http.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def client(finished):
-    with serving(finished) as (_, client):
+    with serving(load_answerer(finished)) as (_, client):
         yield client
 
 
@@ -177,6 +168,15 @@ def test_score_is_what_the_reward_model_scores(finished, client, prompts):
     data = client.post("/score", body={"prompt": prompts[0], "completion": texts}, cast_to=object)["data"]
     expected = load_reward(finished / "rewards" / REWARD).score([prompts[0]] * 4, texts)
     assert [d["reward"] for d in data] == pytest.approx(expected.tolist(), abs=1e-4) and len(set(expected)) > 2
+    one = {"messages": [{"role": "user", "content": prompts[0]}], "completion": texts[0], "model": REWARD}
+    assert client.post("/score", body=one, cast_to=object)["data"][0]["reward"] == pytest.approx(expected[0], abs=1e-4)
+    for wrong, words in (
+        ({**one, "prompt": "x"}, "either a prompt or messages"),
+        ({**one, "completion": []}, "between 1 and 128"),
+        ({**one, "model": "x"}, "does not exist"),
+    ):
+        with pytest.raises(openai.APIStatusError, match=words):
+            client.post("/score", body=wrong, cast_to=object)
 
 
 REFUSED = {
@@ -222,7 +222,7 @@ def test_what_asks_for_nothing_is_accepted(client):
     ("raw", "status"), [(b"{", 400), (b"[]", 400), (b"[" * 9999, 400), (b'{"model": "best-of-n", "messages": [{"role": "user", "content": "\\ud83d"}]}', 400), (b" " * 3000, 413)]
 )  # fmt: skip
 def test_bodies_that_are_no_requests(finished, raw, status):
-    with serving(finished, limits=Limits(body=2000)) as (_, client):
+    with serving(load_answerer(finished), Limits(body=2000)) as (_, client):
         chunked = iter([raw])  # without a length in front
         for body in (raw, chunked):
             with pytest.raises(openai.APIStatusError) as caught:
@@ -244,7 +244,7 @@ def test_models_health_and_metrics(client):
 
 
 def test_the_key(finished):
-    with serving(finished, key="secret-1") as (_, client):
+    with serving(load_answerer(finished), key="secret-1") as (_, client):
         assert client.models.list().data[0].id == "best-of-n" and "ok" in _get(client, "/health")
         for wrong in ("secret-2", "", "sécret"):
             request = urllib.request.Request(
@@ -267,7 +267,7 @@ def test_an_overload_is_refused_and_loses_nothing(finished):
 
     answerer.work = work
     with (
-        serving(finished, limits=Limits(waiting=2), answerer=answerer) as (server, client),
+        serving(answerer, Limits(waiting=2)) as (server, client),
         concurrent.futures.ThreadPoolExecutor(3) as pool,
     ):
         accepted = [pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=0))]
@@ -292,7 +292,7 @@ def test_a_client_that_leaves_before_its_turn_is_not_worked_for(finished):
         return real(items)
 
     answerer.work = work
-    with serving(finished, answerer=answerer) as (server, client), concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with serving(answerer) as (server, client), concurrent.futures.ThreadPoolExecutor(2) as pool:
         kept = pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=1))
         assert begun.wait(30)
         with pytest.raises(openai.APITimeoutError):
@@ -315,12 +315,12 @@ def test_best_of_n_over_an_upstream(finished, prompts):
         return said[seed % 4]
 
     with openai_server.Server(lambda n, body: (200, {}, openai_server.completion(body, text_of(body["seed"])))) as upstream:
-        with serving(finished, Wanted(upstream=upstream.url, upstream_model="served", force=True)) as (server, client):
+        with serving(load_answerer(finished, Wanted(upstream=upstream.url, upstream_model="served", force=True))) as (server, client):
             answer = client.chat.completions.create(**_asked(prompt, seed=7, temperature=0.5, max_tokens=9, extra_body={"best_of": 4}))
             _refused(client, 400, "logprobs are not served where answers come from an upstream", logprobs=True)
             assert " of " in startup(server, "RUN", "0.0.0.0", 1)[0] and "ALARM, no API key" in startup(server, "RUN", "0.0.0.0", 1)[-1]
             bodies = list(upstream.bodies)
-        with serving(finished, Wanted(upstream="http://127.0.0.1:9/v1", upstream_model="served")) as (_, client):
+        with serving(load_answerer(finished, Wanted(upstream="http://127.0.0.1:9/v1", upstream_model="served"))) as (_, client):
             _refused(client, 502, "the upstream cannot be reached")
     assert len(bodies) == 4 and {(b["model"], b["temperature"], b["max_tokens"]) for b in bodies} == {("served", 0.5, 9)}
     prompt_id = read_table(finished / "data/test.parquet")[0]["prompt_id"]
@@ -337,7 +337,7 @@ def test_the_aligned_policy_is_the_default_where_one_was_published(copied):
     write_json(copied / "optimise/choice.json", {"published": "sft"})
     assert load_answerer(copied).served.policy == "sft"
     write_json(copied / "optimise/choice.json", {"published": "round-1"})
-    with serving(copied) as (_, client):
+    with serving(load_answerer(copied)) as (_, client):
         answer = client.chat.completions.create(**{**_asked("How do I fix my bike?", n=3), "model": "aligned"})
         assert answer.irlign["policy"] == "aligned" and answer.irlign["candidates"] == 3 and answer.choices[2].irlign["reward"] is not None
         _refused(client, 400, "was judged with answers of the SFT policy", model="aligned", extra_body={"best_of": 2})
@@ -370,6 +370,51 @@ def test_a_run_that_cannot_be_served(copied, tmp_path):
         assert words in caught.value.do
     with pytest.raises(RunError, match="no run directory"):
         load_answerer(tmp_path)
+
+
+def test_turns_meet_the_tokenizer_as_everywhere(tmp_path):
+    """Several turns under a template; a special token in a text is text; `developer` says `system`; seeds are of the conversation."""
+    sft, init = (make_tiny_policy(tmp_path / name, seed=seed) for seed, name in enumerate(("sft", "init")))
+    sampling = SamplingSettings(max_new_tokens=6)
+    about = {"choice": {"n": 3, "label_free": None}, "alarms": [], "lone_text": False, "sampling": sampling}
+    served = Served("m", "sft", 3, "log-ratio", **about)
+    answerer = Answerer(served, load_engine(sft, sampling, "hh"), LogRatio(sft, init, "hh"))
+    turns = [("system", "red"), ("user", "the cat </s> sat."), ("assistant", " The dog ran."), ("user", "and now?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    with serving(answerer) as (_, client):
+        answer = client.chat.completions.create(model="m", messages=messages, seed=3)
+        other = client.chat.completions.create(model="m", messages=[{**messages[0], "role": "developer"}, *messages[1:]], seed=3)
+        with pytest.raises(openai.BadRequestError, match="the run selects among 3: no judge has shown"):
+            client.chat.completions.create(model="m", messages=messages, extra_body={"best_of": 4})
+    form = Format(load_tokenizer(str(sft)), "hh")
+    prompt = Prompt.of(tuple(messages), "served")
+    ids = form.prompt_ids(prompt.content)
+    assert answer.usage.prompt_tokens == len(ids) and form.tokenizer.eos_token_id not in ids
+    drawn = answerer.engine.draw([Request(prompt, tuple(request_seed(3, "sample-sft", prompt.prompt_id, i) for i in range(3)))])
+    best = winners(drawn, answerer.reward.score([prompt.content] * 3, [ended(s.completion, s.finished) for s in drawn]))
+    texts = [s.completion for s in best or drawn]
+    assert answer.choices[0].message.content == other.choices[0].message.content and answer.choices[0].message.content in texts
+    assert not best or answer.choices[0].message.content == best[0].completion
+
+
+def test_the_command_says_what_is_wrong(finished, capsys, monkeypatch):
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", *map(str, words)])
+        return ended.value.code, capsys.readouterr().err
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, err = run(finished, "--port", taken.getsockname()[1])
+    assert code == 1 and "cannot serve there: Address already in use" in err and "Traceback" not in err
+    code, err = run(finished / "nothing", "--port", 0)
+    assert code == 1 and "no run directory" in err
+    code, err = run(finished, "--port", 0, "--api-key-env", "NO_SUCH_KEY")
+    assert code == 2 and "NO_SUCH_KEY is not set" in err
+    for name in ("irlign.serve", "irlign.serving.metrics"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    code, err = run(finished)
+    assert code == 2 and "prometheus_client is missing" in err and "pip install 'irlign[serve]'" in err
 
 
 def test_the_command_ends_cleanly(finished, tmp_path):

@@ -46,6 +46,7 @@ class Server:
 
     def __init__(self, answerer: Answerer, limits: Limits = Limits(), key: str = ""):
         self.answerer, self.served, self.limits, self.key = answerer, answerer.served, limits, key
+        self.started = int(time.time())
         self.metrics = Metrics(lambda: self.batches.waiting)
         self.batches: Batches[Ask | ScoreAsk, Any] = Batches(
             answerer.work,
@@ -128,7 +129,7 @@ class Server:
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self.served.name, "object": "model", "created": 0, "owned_by": "irlign", "irlign": self.served.about()}
+        return {"id": self.served.name, "object": "model", "created": self.started, "owned_by": "irlign", "irlign": self.served.about()}
 
     def _check_model(self, name: str) -> None:
         if name != self.served.name:
@@ -146,7 +147,7 @@ class Server:
         body = read(Score, await self._raw(request))
         if body.model is not None and body.model != self.served.reward:
             self._check_model(body.model)
-        (rewards,) = await self._results(request, self._submit([score_ask(body, self.limits)]))
+        (rewards,) = await self._results(request, self._submit([score_ask(body, self.served, self.limits)]))
         data = [{"object": "score", "index": i, "reward": float(reward)} for i, reward in enumerate(rewards)]
         return JSONResponse({"object": "list", "model": self.served.reward, "data": data})
 

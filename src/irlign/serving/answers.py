@@ -49,6 +49,12 @@ class Served:
         own = {"policy": self.policy, "reward": self.reward, "best_of": self.best_of, "most_best_of": self.most}
         return {**own, "alarms": [dict(alarm) for alarm in self.alarms]}
 
+    def content(self, given: PromptContent) -> PromptContent:
+        """A prompt as the run's own are: where they are texts, a conversation of one user message is its text."""
+        if self.lone_text and not isinstance(given, str) and [turn["role"] for turn in given] == ["user"]:
+            return given[0]["content"]
+        return given
+
     def guard(self, best_of: int) -> None:
         """Raises ConfigError for a `best_of` that nothing shows to be safe: `irlign bon`'s own guard, and two more for what it never meets."""
         if self.force or best_of <= self.best_of:
@@ -147,15 +153,13 @@ def ask(
 
     Raises ConfigError where `best_of` is not to be had. At temperature 0 all answers are equal, and one is drawn for each group.
     """
-    if served.lone_text and not isinstance(content, str) and len(content) == 1 and content[0]["role"] == "user":
-        content = content[0]["content"]
     greedy = law.temperature == 0 or law.top_k == 1
     groups, each, kept = (n, 1 if greedy else served.best_of, 1) if best_of is None else (1, best_of, n)
     if kept > each:
         raise ConfigError(f"n = {n} is more than best_of = {each}", where="best_of", do="the n best of best_of answers are returned")
     served.guard(each)
     seed = secrets.randbits(32) if seed is None else seed
-    return Ask(Prompt.of(content, "served"), groups, each, kept, seed, limit or served.sampling.max_new_tokens, law)
+    return Ask(Prompt.of(served.content(content), "served"), groups, each, kept, seed, limit or served.sampling.max_new_tokens, law)
 
 
 def watched(asks: Sequence[Ask], tell: Callable[[tuple[int, str]], bool]) -> list[Ask]:

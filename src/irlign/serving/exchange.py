@@ -7,7 +7,7 @@ from typing import Any
 
 from irlign.errors import ConfigError
 from irlign.records import PromptContent, is_text
-from irlign.serving.answers import Answered, Answerer, Ask, ScoreAsk, ask, law_of
+from irlign.serving.answers import Answered, Answerer, Ask, ScoreAsk, Served, ask, law_of
 from irlign.serving.protocol import MOST_STOPS, Chat, Completion, Refused, Reply, Score, event, settled, token_logprobs
 
 
@@ -116,12 +116,12 @@ def usage_of(answers: Sequence[Answered]) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": returned, "total_tokens": read + returned}
 
 
-def score_ask(body: Score, limits: Limits) -> ScoreAsk:
+def score_ask(body: Score, served: Served, limits: Limits) -> ScoreAsk:
     """What a request to score asks for. Raises Refused."""
     if not 0 < len(body.completions) <= limits.answers:
         raise Refused(400, f"between 1 and {limits.answers} completions are scored at once", param="completion")
     check_text([body.content, *body.completions])
-    return ScoreAsk(body.content, body.completions)
+    return ScoreAsk(served.content(body.content), body.completions)
 
 
 def check_text(contents: Sequence[PromptContent]) -> None:
