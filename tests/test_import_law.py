@@ -40,7 +40,9 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "pipeline": SPINE
     | {"preflight", "data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "report", "seeds", "__init__"},
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
-    "cli": SPINE | {"recipe", "plan", "pipeline", "arena"},
+    "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
+    "serve": SPINE | {"serving"},
+    "cli": SPINE | {"recipe", "plan", "pipeline", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }
@@ -77,6 +79,9 @@ NO_TORCH = {
         "evaluate/headline",
         "evaluate/overoptimisation",
         "evaluate/results",
+        "serving/protocol",
+        "serving/batches",
+        "serving/metrics",
         "data/readers",
         "data/demonstrations",
     ),
@@ -86,6 +91,8 @@ ALONE = {
     "vllm": {"sampling/vllm_engine"},
     "ray": {"sampling/cluster"},
     "fastapi": {"serve"},
+    "uvicorn": {"serve"},
+    "prometheus_client": {"serving/metrics"},
     "openai": {"endpoint"},
 }
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}

@@ -140,6 +140,36 @@ def arena(
 
 
 @app.command()
+def serve(
+    run: Annotated[str, typer.Argument(help="the run directory")],
+    host: Annotated[str, typer.Option(help="the address to listen at; this machine alone by default")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    policy: Annotated[
+        str | None, typer.Option(help="aligned (the default where one was published) or best-of-n, of the SFT policy")
+    ] = None,
+    n: Annotated[int | None, typer.Option(min=1, help="answers to choose among; by default the run's own label-free n")] = None,
+    name: Annotated[str | None, typer.Option(help="the model's name for clients; by default that of the policy")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="draw at this OpenAI-compatible address (http://HOST:PORT/v1), and select here")
+    ] = None,
+    upstream_model: Annotated[str | None, typer.Option(help="the policy's name at the upstream")] = None,
+    force: Annotated[bool, typer.Option("--force", help="allow more answers to choose among than the judge would")] = False,
+    api_key_env: Annotated[str | None, typer.Option(help="the variable that holds the API key, by default IRLIGN_API_KEY")] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="requests that may wait; more are told to come back (429)")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, help="answers drawn together")] = 256,
+    max_answers: Annotated[int, typer.Option(min=1, help="answers drawn for one request")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens of one answer")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="bytes of one request")] = 1 << 20,
+) -> None:
+    """An OpenAI-compatible endpoint that answers with the aligned policy, or with Best-of-N under the run's reward."""
+    from irlign.serve import Limits, Wanted
+    from irlign.serve import serve as serve_run
+
+    limits = Limits(max_waiting, max_batch, max_answers, max_tokens, max_body)
+    serve_run(run, host, port, Wanted(policy, n, name, upstream, upstream_model, force), limits, api_key_env)
+
+
+@app.command()
 def env() -> None:
     """Versions, devices and memory, ready to paste into a bug report."""
     from irlign.machine import environment

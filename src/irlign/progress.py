@@ -41,6 +41,17 @@ def silently() -> Iterator[None]:
         _silenced.pop()
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Nothing is said inside the block: a server's batches are no news."""
+    before = os.environ.get("IRLIGN_QUIET")
+    os.environ["IRLIGN_QUIET"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("IRLIGN_QUIET") if before is None else os.environ.update(IRLIGN_QUIET=before)
+
+
 def hush() -> None:
     """Keep the libraries below from talking; where transformers is imported already, from drawing bars."""
     for key, value in QUIET.items():

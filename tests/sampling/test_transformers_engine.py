@@ -68,7 +68,8 @@ def test_the_stored_log_probability_is_the_policys_own(folder, settings):
     engine = _engine(folder, **settings)
     samples = engine.draw(_requests())
     prompts = [engine.format.prompt_ids(s.prompt.content) for s in samples]
-    ids, _ = engine._decode(prompts, [s for r in _requests() for s in r.seeds])
+    rows = [(r, i) for r in _requests() for i in range(len(r.seeds))]
+    ids, _ = engine._decode([engine._row(r, p, i) for (r, i), p in zip(rows, prompts, strict=True)])
     used = [i[: s.tokens] for i, s in zip(ids, samples, strict=True)]
     expected = sequence_log_probs(engine.policy, [Encoded(p, i) for p, i in zip(prompts, used, strict=True)])
     assert (used == ids) == ("stop" not in settings)  # what was drawn past a stop string is not counted
@@ -79,8 +80,8 @@ def test_the_stored_log_probability_is_the_policys_own(folder, settings):
 def test_first_tokens_follow_the_models_law(folder, temperature):
     engine = _engine(folder, max_new_tokens=1, batch_size=4000, temperature=temperature)
     prompt = engine.format.prompt_ids("the cat")
-    ids, _ = engine._decode([prompt] * 4000, list(range(4000)))
-    counts = np.bincount([i[0] for i in ids], minlength=engine.policy.model.config.vocab_size)
+    drawn = engine.answers([Request(Prompt.of("the cat", "train"), tuple(range(4000)))])
+    counts = np.bincount([d.ids[0] for d in drawn], minlength=engine.policy.model.config.vocab_size)
     with torch.inference_mode():
         logits = engine.policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
     expected = 4000 * (logits / temperature).softmax(-1).numpy()
@@ -95,11 +96,11 @@ def test_first_tokens_follow_the_models_law(folder, temperature):
 def test_top_k_1_is_greedy_generation(folder):
     engine = _engine(folder, top_k=1)
     prompt = engine.format.prompt_ids(TEXTS[1])
-    ids, _ = engine._decode([prompt], [5])
+    (drawn,) = engine.answers([Request(Prompt.of(TEXTS[1], "train"), (5,))])
     out = engine.policy.model.generate(
         torch.tensor([prompt]), do_sample=False, max_new_tokens=12, attention_mask=torch.ones(1, len(prompt))
     )
-    assert ids[0] == out[0, len(prompt) :].tolist()
+    assert list(drawn.ids) == out[0, len(prompt) :].tolist()
 
 
 class Scripted:
@@ -191,3 +192,25 @@ def test_bfloat16_draws_nearly_the_same_and_scores_its_own(folder):
     alike = [(x, y) for x, y in zip(a, b, strict=True) if x.completion == y.completion]
     assert len(alike) > len(a) / 2
     assert [y.logprob for _, y in alike] == pytest.approx([x.logprob for x, _ in alike], rel=0.05)
+
+
+def test_an_answer_is_watched_while_it_is_drawn_and_may_be_left(folder):
+    """What is heard grows toward the answer; who leaves ends theirs at the next look, and nobody else's. A limit of one's own holds."""
+    heard = {}
+
+    def watch(i, text):
+        heard.setdefault(i, []).append(text)
+        return i == 1
+
+    engine = _engine(folder, max_new_tokens=40)
+    prompt = Prompt.of("the cat", "train")
+    alone = engine.draw([Request(prompt, (5, 6, 7))])
+    watched = engine.answers([Request(prompt, (5, 6, 7), watch=watch), Request(prompt, (5,), limit=3)])
+    assert [d.sample.completion for d in (watched[0], watched[2])] == [alone[0].completion, alone[2].completion]
+    assert all(alone[i].completion.startswith(text) for i in (0, 2) for text in heard[i]) and len(heard[0]) + len(heard[2]) > 2
+    assert len(heard[1]) == 1 and watched[1].sample.tokens <= 9 and alone[1].completion.startswith(watched[1].sample.completion)
+    assert watched[3].sample.tokens <= 3 and alone[0].completion.startswith(watched[3].sample.completion)
+    assert [len(d.ids) for d in watched] == [len(d.logprobs) for d in watched] == [d.sample.tokens for d in watched]
+    assert sum(watched[0].logprobs) == pytest.approx(watched[0].sample.logprob) and watched[0].prompt_tokens == 3
+    greedy = engine.under(SamplingSettings(max_new_tokens=5, top_k=1))
+    assert len({s.completion for s in greedy.draw([Request(prompt, (1, 2, 3))])}) == 1 and engine.settings.top_k == 0

@@ -53,6 +53,12 @@ def candidate_rows(
     ]
 
 
+def merit(row: Mapping[str, Any], reward: str) -> tuple[bool, float, int]:
+    """What selection compares, the highest wins: an answer that finished before one cut at the limit, then the reward, then the first
+    drawn."""
+    return row["finish_reason"] != "length", row[f"{SCORE}{reward}"], -row["index"]
+
+
 def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[str, Any]]:
     """The answer with the highest reward among the first n of each prompt; one cut at the limit never beats a finished
     one, and of equal ones the first drawn wins. Rows of selected.jsonl. Raises DataError where a prompt has fewer than n.
@@ -67,7 +73,7 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[
             raise DataError(
                 f"{len(pool)} candidates, and best_of_n.n asks for {n}", where=f"prompt {prompt_id}", do="lower it or draw more"
             )
-        best = max(pool, key=lambda row: (row["finish_reason"] != "length", row[f"{SCORE}{reward}"], -row["index"]))
+        best = max(pool, key=lambda row: merit(row, reward))
         prompt = json.loads(best["prompt"]) if best["conversational"] else best["prompt"]
         selected.append(
             {

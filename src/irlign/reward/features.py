@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from irlign.data.chat import Format, check_pairs, context_length, length_sorted_batches, pad
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
-from irlign.policy.load import device, load_config, load_policy, load_tokenizer
+from irlign.policy.load import Policy, device, load_config, load_policy, load_tokenizer
 from irlign.progress import Progress
 from irlign.records import PromptContent, prompt_identity
 
@@ -19,14 +19,20 @@ CPU_TOKENS, GPU_TOKENS = 4096, 32768  # padded tokens a batch
 
 
 def policy_features(
-    policy: Path, prompts: Sequence[PromptContent], completions: Sequence[str], *, chat_template: str, name: str
+    policy: Path,
+    prompts: Sequence[PromptContent],
+    completions: Sequence[str],
+    *,
+    chat_template: str,
+    name: str,
+    loader: Callable[[str, str], Policy] = load_policy,
 ) -> np.ndarray:
     """Each answer as the policy reads it after its prompt: the last hidden state, averaged over the answer's tokens (EOS
     included) and at EOS alone. Shape [len(prompts), 2H], float32; nothing is trained. An answer past the context is cut.
     """
     import torch
 
-    loaded = load_policy(str(policy), name)
+    loaded = loader(str(policy), name)
     rows = [row.within(loaded.max_length) for row in Format(loaded.tokenizer, chat_template).encode(prompts, completions)]
     body, width = loaded.model.base_model, int(loaded.model.config.get_text_config().hidden_size)
     found = np.zeros((len(rows), 2 * width), dtype=np.float32)
@@ -42,14 +48,21 @@ def policy_features(
     return found
 
 
-def encoder_features(encoder: Path | str, prompts: Sequence[PromptContent], completions: Sequence[str], *, name: str) -> np.ndarray:
+def encoder_features(
+    encoder: Path | str,
+    prompts: Sequence[PromptContent],
+    completions: Sequence[str],
+    *,
+    name: str,
+    loader: Callable[[str], tuple[Any, Any]] | None = None,
+) -> np.ndarray:
     """Each answer as an encoder (`AutoModel`) reads it beside its prompt: the last hidden state, averaged over the answer's tokens
     and over all tokens. Shape [len(prompts), 2H], float32. A conversation is its turns as plain text; a pair past the context loses
     the end of its longer side. Raises ModelError where the encoder cannot be loaded.
     """
     import torch
 
-    tokenizer, model = _load_encoder(str(encoder))
+    tokenizer, model = (loader or load_encoder)(str(encoder))
     texts = [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
     limit = min(tokenizer.model_max_length, context_length(model.config))
     rows = tokenizer(texts, list(completions), truncation="longest_first", max_length=limit)
@@ -69,7 +82,8 @@ def encoder_features(encoder: Path | str, prompts: Sequence[PromptContent], comp
     return found
 
 
-def _load_encoder(path: str) -> tuple[Any, Any]:
+def load_encoder(path: str) -> tuple[Any, Any]:
+    """The tokenizer and the encoder (`AutoModel`, in eval mode on its device) in a folder or at a Hub id. Raises ModelError."""
     import torch
     from transformers import AutoModel
 
@@ -98,6 +112,9 @@ class Features:
     def __init__(self, checkpoint: Path | str, chat_template: str, name: str = "features"):
         self.checkpoint, self.chat_template, self.name = checkpoint, chat_template, name
         self.known: dict[str, np.ndarray] = {}
+        self.policy_loader: Callable[[str, str], Policy] = load_policy
+        self.encoder_loader: Callable[[str], tuple[Any, Any]] = load_encoder
+        self.remembers = True  # whether what was computed is kept from call to call
 
     def __call__(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         check_pairs(prompts, completions)
@@ -106,11 +123,15 @@ class Features:
         if missing:
             wanted: tuple[list[Any], list[str]] = ([prompts[i] for i in missing], [completions[i] for i in missing])
             if is_policy(self.checkpoint):
-                found = policy_features(Path(self.checkpoint), *wanted, chat_template=self.chat_template, name=self.name)
+                about: dict[str, Any] = {"chat_template": self.chat_template, "loader": self.policy_loader}
+                found = policy_features(Path(self.checkpoint), *wanted, name=self.name, **about)
             else:
-                found = encoder_features(self.checkpoint, *wanted, name=self.name)
+                found = encoder_features(self.checkpoint, *wanted, name=self.name, loader=self.encoder_loader)
             self.known |= {keys[i]: row for i, row in zip(missing, found, strict=True)}
-        return np.stack([self.known[key] for key in keys])
+        found_B_F = np.stack([self.known[key] for key in keys])
+        if not self.remembers:
+            self.known.clear()
+        return found_B_F
 
     def identity(self) -> str:
         """What the features depend on besides the answers: the checkpoint's content (its name on the Hub) and the template."""

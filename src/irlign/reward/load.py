@@ -1,5 +1,6 @@
 """A published reward, whatever its kind, from its folder; several of them at once on the same answers."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,37 @@ def load_reward(path: str | Path) -> RewardModel:
     if reward.get("kind") not in KINDS:
         raise ModelError(f"unknown kind of reward {reward.get('kind')!r}", where=folder / "reward.json", do=f"known: {', '.join(KINDS)}")
     return KINDS[reward["kind"]](folder, reward)
+
+
+def load_resident(path: str | Path, keep: Callable[[Any], Any] | None = None) -> RewardModel:
+    """`load_reward`, for a process that scores all day: networks stay in memory from one score to the next, each once (`keep` makes a
+    loader of this kind), and features of answers are not remembered. Raises ModelError as `load_reward` does."""
+    keep = keep or _keeper()
+    reward = load_reward(path)
+    if isinstance(reward, LogRatio):
+        reward.loader = keep(reward.loader)
+    elif isinstance(reward, FeatureReward):
+        own = reward.features
+        own.policy_loader, own.encoder_loader, own.remembers = keep(own.policy_loader), keep(own.encoder_loader), False
+    elif isinstance(reward, Ensemble):
+        reward.loader = keep(lambda member: load_resident(member, keep))
+    return reward
+
+
+def _keeper() -> Callable[[Any], Any]:
+    """Makes a loader into one that loads each folder once, whichever of the loaders asks for it first."""
+    found: dict[tuple[str, str], Any] = {}
+
+    def keep(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loader(path: str | Path, *name: str) -> Any:
+            key = load.__name__, os.path.realpath(path)
+            if key not in found:
+                found[key] = load(path, *name)
+            return found[key]
+
+        return loader
+
+    return keep
 
 
 def member_loader(features: Features | None = None) -> Callable[[Path], RewardModel]:

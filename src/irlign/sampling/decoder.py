@@ -20,11 +20,12 @@ JOIN_SHARE = 0.25  # of the running rows must be able to join at once: each grou
 
 @dataclass(frozen=True)
 class Row:
-    """One answer to draw: its prompt's tokens, its seed, the most tokens it may have."""
+    """One answer to draw: its prompt's tokens, its seed, the most tokens it may have; `watch` hears its text while it is drawn."""
 
     prompt: tuple[int, ...]
     seed: int
     limit: int
+    watch: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Room:
 
 
 class Decoder:
-    """Draws rows to their ends. `stopped(rows, drawn ids)` says which of them are over for another reason than EOS."""
+    """Draws rows to their ends. `stopped(rows, drawn ids)` says which of them are over for another reason than EOS; it is asked where there
+    are stop strings or somebody watches."""
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Decoder:
         stopped: Callable[[list[Row], list[np.ndarray]], np.ndarray],
     ):
         self.state, self.rows, self.settings, self.context, self.stopped = state, rows, settings, context, stopped
+        self.looked_at = bool(settings.stop) or any(row.watch for row in rows)
         self.device = state.model.device
         self.ends = torch.tensor(list(ends), device=self.device)
         steps = max(row.limit for row in rows) + LOOK_EVERY
@@ -117,7 +120,7 @@ class Decoder:
     def _leave(self) -> None:
         """Rows that are over leave the batch."""
         over_B, row_B, age_B = (t.cpu().numpy() for t in (self.over_B, self.row_B, self.age_B))
-        if self.settings.stop:
+        if self.looked_at:
             drawn = [self.ids_R_T[i, :n].cpu().numpy() for i, n in zip(row_B, age_B, strict=True)]
             over_B = over_B | self.stopped([self.rows[i] for i in row_B], drawn)
         self.lengths_R[row_B] = age_B

@@ -1,6 +1,6 @@
 """What draws samples: the Engine protocol and the choice by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -79,10 +79,27 @@ class SamplingSettings(Settings):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and the seed of each answer wanted; `first_index` numbers the first of them."""
+    """One prompt and the seed of each answer wanted; `limit` is the most tokens of each, where it is not the settings' own.
+
+    `watch(i, text)`, where given, is told the text of answer i every few tokens while it is drawn, by engines that draw here, and says
+    whether the answer may end there: nobody waits for it any more.
+    """
 
     prompt: Prompt
     seeds: tuple[int, ...]
+    limit: int | None = None
+    watch: Callable[[int, str], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample with what only a server tells of it: the tokens of its prompt, and the id and the log-probability (nats, temperature 1) of
+    each drawn token, none where an endpoint drew them."""
+
+    sample: Sample
+    prompt_tokens: int
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 class Engine(Protocol):
@@ -100,6 +117,14 @@ class Engine(Protocol):
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """The samples of every request, in order, indices from 0."""
+        ...
+
+    def answers(self, requests: Sequence[Request]) -> list[Drawn]:
+        """The same with their tokens."""
+        ...
+
+    def under(self, settings: SamplingSettings) -> "Engine":
+        """The same policy, and the same weights in memory, under another law of drawing."""
         ...
 
 

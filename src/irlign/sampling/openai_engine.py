@@ -7,6 +7,7 @@ kept on disk as it arrives, so that an interrupted part is taken up request by r
 """
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from irlign.errors import DataError
 from irlign.policy.load import load_tokenizer
 from irlign.progress import Progress
 from irlign.records import FinishReason, Prompt, Sample
-from irlign.sampling.engine import Request, SamplingSettings, ServedSettings
+from irlign.sampling.engine import Drawn, Request, SamplingSettings, ServedSettings
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # said aloud: servers take the model's own defaults otherwise
@@ -73,14 +74,28 @@ class OpenAIEngine:
         chosen = {"model": served.model, "endpoint": own.endpoint, "limit": "max_tokens", "left_out": []}
         self.settled: dict[str, Any] = {**chosen, **(settled or {})}
         self.halvings, self.usage = 0, dict[str, float]()
-        self.own_law = settings.temperature == 1 and settings.top_p == 1 and not settings.top_k
+
+    @property
+    def own_law(self) -> bool:
+        """Whether answers are drawn by the model's own law, where all endpoints mean the same by a log-probability."""
+        return self.settings.temperature == 1 and self.settings.top_p == 1 and not self.settings.top_k
+
+    def under(self, settings: SamplingSettings) -> "OpenAIEngine":
+        """The same model at the same endpoint under another law; what was settled for it holds."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Raises ConfigError or ModelError as `Endpoint.ask` does, DataError for a prompt that
         the endpoint filters or that needs a chat template."""
-        rows = [(r.prompt, i, seed) for r in requests for i, seed in enumerate(r.seeds)]
+        return [one.sample for one in self.answers(requests)]
+
+    def answers(self, requests: Sequence[Request]) -> list[Drawn]:
+        """The same with the tokens that each prompt had there."""
+        rows = [(r.prompt, i, seed, r.limit) for r in requests for i, seed in enumerate(r.seeds)]
         bodies = {r.prompt.prompt_id: self._prompt(r.prompt) for r in requests}
-        keys = [f"{prompt.prompt_id} {i} {seed}" for prompt, i, seed in rows]
+        keys = [f"{prompt.prompt_id} {i} {seed}" + (f" {limit}" if limit else "") for prompt, i, seed, limit in rows]
         known = self._kept()
         answers = {key: known[key] for key in keys if key in known}
         todo = [n for n, key in enumerate(keys) if key not in answers]
@@ -97,11 +112,12 @@ class OpenAIEngine:
             self.endpoint.ask(
                 PATHS[self.settled["endpoint"]],
                 [f"prompt {rows[n][0].prompt_id}" for n in todo],
-                lambda i: {**bodies[rows[todo[i]][0].prompt_id], **self._law(rows[todo[i]][2])},
+                lambda i: {**bodies[rows[todo[i]][0].prompt_id], **self._law(*rows[todo[i]][2:])},
                 read,
                 self._adapt,
             )
-        return [self._sample(prompt, i, answers[key]) for (prompt, i, _), key in zip(rows, keys, strict=True)]
+        found = [(self._sample(prompt, i, answers[key]), answers[key]) for (prompt, i, *_), key in zip(rows, keys, strict=True)]
+        return [Drawn(sample, answer.prompt_tokens) for sample, answer in found]
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         """The part of the request that says what is to be answered."""
@@ -116,13 +132,13 @@ class OpenAIEngine:
             raise DataError("is a conversation, and endpoint=completions takes text", where=f"prompt {prompt.prompt_id}", do=do)
         return {"prompt": content}
 
-    def _law(self, seed: int) -> dict[str, Any]:
+    def _law(self, seed: int, limit: int | None = None) -> dict[str, Any]:
         """The part of the request that says how the answer is drawn, without what the endpoint does not know."""
         s, chat = self.settings, self.settled["endpoint"] == "chat"
         optional: dict[str, Any] = {**NEUTRAL, "seed": seed >> 11}  # 53 bits survive every JSON reader
         if self.own_law and s.openai.logprobs:
             optional["logprobs"] = True if chat else 1
-        law = {"model": self.model, self.settled["limit"]: s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p}
+        law = {"model": self.model, self.settled["limit"]: limit or s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p}
         law |= ({"stop": s.stop} if s.stop else {}) | ({"top_k": s.top_k} if s.top_k else {})
         return {**{k: v for k, v in optional.items() if k not in self.settled["left_out"]}, **law}
 

@@ -9,7 +9,9 @@ same machine gives the same bytes. Models without transformers' attention interf
 cache, without joining.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from irlign.machine import free_memory
 from irlign.policy.load import load_policy
 from irlign.records import FinishReason, Sample
 from irlign.sampling.decoder import Decoder, Room, Row
-from irlign.sampling.engine import Request, SamplingSettings
+from irlign.sampling.engine import Drawn, Request, SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
 from irlign.training import bf16_pays
 
@@ -64,11 +66,21 @@ class TransformersEngine:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * size * config.num_hidden_layers * heads * width
 
+    def under(self, settings: SamplingSettings) -> "TransformersEngine":
+        """The same weights under another law; what was settled for them holds."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
+
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches never cross calls.
 
         Memory that runs out halves the batch and starts anew; `halvings` says how often, for this call only.
         """
+        return [one.sample for one in self.answers(requests)]
+
+    def answers(self, requests: Sequence[Request]) -> list[Drawn]:
+        """The same with their tokens."""
         prompts = self.format.prompts_ids([r.prompt.content for r in requests])
         limit = self.policy.max_length
         for request, ids in zip(requests, prompts, strict=True):
@@ -78,18 +90,22 @@ class TransformersEngine:
                     where=f"prompt {request.prompt.prompt_id}",
                     do="drop or truncate long prompts (data.on_overlong)",
                 )
-        rows = [(request, ids, i) for request, ids in zip(requests, prompts, strict=True) for i in range(len(request.seeds))]
-        drawn, logprobs = self._decode([ids for _, ids, _ in rows], [seed for request in requests for seed in request.seeds])
-        samples = []
-        for (request, prompt, i), ids, row_logprobs in zip(rows, drawn, logprobs, strict=True):
+        wanted = [(request, ids, i) for request, ids in zip(requests, prompts, strict=True) for i in range(len(request.seeds))]
+        drawn, logprobs = self._decode([self._row(*of) for of in wanted])
+        found = []
+        for (request, prompt, i), ids, row_logprobs in zip(wanted, drawn, logprobs, strict=True):
             text, reason, used = self._finish(prompt, ids)
-            samples.append(Sample(request.prompt, i, text, reason, used, float(np.sum(row_logprobs[:used]))))
-        return samples
+            sample = Sample(request.prompt, i, text, reason, used, float(np.sum(row_logprobs[:used])))
+            found.append(Drawn(sample, len(prompt), tuple(ids[:used]), tuple(row_logprobs[:used].tolist())))
+        return found
 
-    def _decode(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> tuple[list[list[int]], list[np.ndarray]]:
+    def _row(self, request: Request, prompt: Sequence[int], i: int) -> Row:
+        """Answer i to a request, as the decode loop draws it."""
+        limit = min(request.limit or self.settings.max_new_tokens, self.policy.max_length - len(prompt))
+        return Row(tuple(prompt), request.seeds[i], limit, request.watch and partial(request.watch, i))
+
+    def _decode(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids (EOS included) and their log-probabilities at temperature 1, for each row."""
-        limits = [min(self.settings.max_new_tokens, self.policy.max_length - len(p)) for p in prompts]
-        rows = [Row(tuple(p), s, n) for p, s, n in zip(prompts, seeds, limits, strict=True)]
         self.halvings = 0
         while True:
             try:
@@ -115,9 +131,20 @@ class TransformersEngine:
         return Decoder(state, rows, self.settings, ends=self.eos_ids, context=context, stopped=self._stopped).run(room)
 
     def _stopped(self, rows: list[Row], drawn: list[np.ndarray]) -> np.ndarray:
-        """Which rows already hold a stop string."""
-        texts = self.format.decode_completions([r.prompt for r in rows], [d.tolist() for d in drawn])
-        return np.array([any(stop in text for stop in self.settings.stop) for text in texts], dtype=bool)
+        """Which rows already hold a stop string, or may end because nobody waits for them."""
+        over = np.zeros(len(rows), dtype=bool)
+        seen = [i for i, row in enumerate(rows) if self.settings.stop or row.watch]
+        bodies = [self._before_end(drawn[i].tolist()) for i in seen]
+        for i, text in zip(seen, self.format.decode_completions([rows[i].prompt for i in seen], bodies), strict=True):
+            cut = min((text.index(stop) for stop in self.settings.stop if stop in text), default=None)
+            watch = rows[i].watch
+            left = watch is not None and watch(text[:cut])
+            over[i] = cut is not None or left
+        return over
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        """What stands before the first end token: some rows were drawn a few tokens further."""
+        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), None)]
 
     def _finish(self, prompt: Sequence[int], ids: list[int]) -> tuple[str, FinishReason, int]:
         """The text, why it ended, and how many of the drawn tokens it took (its EOS or stop string included)."""

@@ -1,0 +1,238 @@
+"""Answers of a finished run: drawn by its policy or at an upstream, scored by its reward, selected as `irlign bon` selects.
+
+The candidates of a prompt have the seeds that the stage `sample` would give them under the request's seed, so a request with the
+run's own seed and settings gives what best_of_n/selected.jsonl holds, up to the rounding that sampling/transformers_engine.py names.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from irlign.errors import ConfigError, DataError
+from irlign.optimise.best_of_n import candidate_rows, merit, scored_text
+from irlign.optimise.label_free import guard_n
+from irlign.records import Prompt, PromptContent
+from irlign.reward.model import RewardModel
+from irlign.runs import request_seed
+from irlign.sampling.engine import Drawn, Engine, Request, SamplingSettings
+from irlign.sampling.transformers_engine import TransformersEngine
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served: `policy` (sft or aligned) under the name `name`, each answer the best of `best_of` by the reward called `reward`.
+
+    `choice` is the run's best_of_n/choice.json, `alarms` those of its evaluation, `sampling` its law. `lone_text`: the run's prompts are
+    texts, so that a conversation of one user message is one too.
+    """
+
+    name: str
+    policy: str
+    best_of: int
+    reward: str
+    choice: Mapping[str, Any]
+    alarms: Sequence[Mapping[str, str]]
+    sampling: SamplingSettings
+    lone_text: bool
+    force: bool = False
+
+    @property
+    def most(self) -> int | None:
+        """The largest `best_of` that a request may ask for; None where it was started with --force."""
+        return None if self.force else 1 if self.policy != "sft" else self.choice["label_free"] or self.choice["n"]
+
+    def about(self) -> dict[str, Any]:
+        """What every reply's extension field says (docs/serve.md)."""
+        own = {"policy": self.policy, "reward": self.reward, "best_of": self.best_of, "most_best_of": self.most}
+        return {**own, "alarms": [dict(alarm) for alarm in self.alarms]}
+
+    def content(self, given: PromptContent) -> PromptContent:
+        """A prompt as the run's own are: where they are texts, a conversation of one user message is its text."""
+        if self.lone_text and not isinstance(given, str) and [turn["role"] for turn in given] == ["user"]:
+            return given[0]["content"]
+        return given
+
+    def guard(self, best_of: int) -> None:
+        """Raises ConfigError for a `best_of` that nothing shows to be safe: `irlign bon`'s own guard, and two more for what it never meets."""
+        if self.force or best_of <= self.best_of:
+            return
+        if self.policy != "sft":
+            what = f"best_of = {best_of}: Best-of-N was judged with answers of the SFT policy, and this is the {self.policy} one"
+            raise ConfigError(what, where="best_of", do="leave it out, or start the server with --policy best-of-n or --force")
+        guard_n({**self.choice, "given": best_of}, False)
+        if self.most is not None and best_of > self.most:
+            what = f"best_of = {best_of}, and the run selects among {self.most}: no judge has shown that more is safe"
+            raise ConfigError(what, where="best_of", do="lower it, or start the server with --force")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One prompt, `groups` times the best `kept` of `best_of` answers, each of at most `limit` tokens, under a law and a seed."""
+
+    prompt: Prompt
+    groups: int
+    best_of: int
+    kept: int
+    seed: int
+    limit: int
+    law: SamplingSettings
+    watch: Callable[[int, str], bool] | None = None
+
+    @property
+    def count(self) -> int:
+        """Answers to draw."""
+        return self.groups * self.best_of
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Asks of one kind are drawn together."""
+        return self.law.temperature, self.law.top_p, self.law.top_k, *self.law.stop
+
+
+@dataclass(frozen=True)
+class ScoreAsk:
+    """Answers to one prompt, to be scored."""
+
+    prompt: PromptContent
+    completions: Sequence[str]
+
+    @property
+    def count(self) -> int:
+        """Answers to score."""
+        return len(self.completions)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Scores of all prompts go together."""
+        return ("score",)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A returned answer: as it was drawn (`index` among all candidates) and its reward."""
+
+    drawn: Drawn
+    reward: float
+    index: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The picks for one prompt, each group's best first; `tokens` were drawn for them in all."""
+
+    picks: Sequence[Pick]
+    prompt_tokens: int
+    tokens: int
+
+
+def law_of(
+    run: SamplingSettings, *, temperature: float | None, top_p: float | None, top_k: int | None, stop: Sequence[str] | None
+) -> SamplingSettings:
+    """The run's law with what a request changes of it. Temperature 0, the likeliest token, is top-k of 1 in process; an endpoint is told 0."""
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "stop": None if stop is None else list(stop)}
+    given["top_k"] = None if top_k is None else max(0, top_k)
+    if temperature == 0 and run.engine != "openai":
+        given |= {"temperature": 1.0, "top_k": 1}
+    return run.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def ask(
+    served: Served,
+    content: PromptContent,
+    *,
+    law: SamplingSettings,
+    n: int = 1,
+    best_of: int | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+) -> Ask:
+    """What a request asks for: with `best_of`, the n best of so many; without, n answers that are each the best of the served number.
+
+    Raises ConfigError where `best_of` is not to be had. At temperature 0 all answers are equal, and one is drawn for each group.
+    """
+    greedy = law.temperature == 0 or law.top_k == 1
+    groups, each, kept = (n, 1 if greedy else served.best_of, 1) if best_of is None else (1, best_of, n)
+    if kept > each:
+        raise ConfigError(f"n = {n} is more than best_of = {each}", where="best_of", do="the n best of best_of answers are returned")
+    served.guard(each)
+    seed = secrets.randbits(32) if seed is None else seed
+    return Ask(Prompt.of(served.content(content), "served"), groups, each, kept, seed, limit or served.sampling.max_new_tokens, law)
+
+
+def watched(asks: Sequence[Ask], tell: Callable[[tuple[int, str]], bool]) -> list[Ask]:
+    """The asks, of which those that select nothing `tell` the number of a choice and its text so far while it is drawn."""
+    found, first = list[Ask](), 0
+    for one in asks:
+        watch = (lambda i, text, first=first: tell((first + i, text))) if one.best_of == 1 else None
+        found.append(replace(one, watch=watch))
+        first += one.groups * one.kept
+    return found
+
+
+class Answerer:
+    """Draws, scores and selects; not for two threads at once."""
+
+    def __init__(self, served: Served, engine: Engine, reward: RewardModel):
+        self.served, self.engine, self.reward = served, engine, reward
+
+    def work(self, items: Sequence[Ask | ScoreAsk]) -> list[Any]:
+        """Answered, or an array of rewards, or a DataError, for each of several asks of one kind and one law."""
+        if isinstance(items[0], ScoreAsk):
+            return self._score([item for item in items if isinstance(item, ScoreAsk)])
+        asks = [item for item in items if isinstance(item, Ask)]
+        problems = [self._problem(one) for one in asks]
+        answered = iter(self._answer([one for one, problem in zip(asks, problems, strict=True) if problem is None]))
+        return [next(answered) if problem is None else problem for problem in problems]
+
+    def token_texts(self, pick: Pick) -> list[str]:
+        """The text of each drawn token by itself; the end's is empty."""
+        assert isinstance(self.engine, TransformersEngine)  # an endpoint tells no tokens
+        ends, tokenizer = self.engine.eos_ids, self.engine.policy.tokenizer
+        return ["" if i in ends else str(tokenizer.decode([i])) for i in pick.drawn.ids]
+
+    def _problem(self, one: Ask) -> DataError | None:
+        """Why a prompt cannot be answered at all, so that it does not stop those beside it."""
+        if not isinstance(self.engine, TransformersEngine):
+            return None
+        try:
+            tokens, most = len(self.engine.format.prompt_ids(one.prompt.content)), self.engine.policy.max_length
+        except DataError as error:
+            return error
+        return DataError(f"the prompt has {tokens} tokens, and the model reads {most}, its answer among them") if tokens >= most else None
+
+    def _answer(self, asks: Sequence[Ask]) -> list[Answered]:
+        """The selected answers to each; drawn in one batch, scored in one batch."""
+        if not asks:
+            return []
+        stage = f"sample-{self.served.policy}"
+        requests = [
+            Request(a.prompt, tuple(request_seed(a.seed, stage, a.prompt.prompt_id, i) for i in range(a.count)), a.limit, a.watch)
+            for a in asks
+        ]
+        drawn = self.engine.under(asks[0].law).answers(requests)
+        rewards = self.reward.score([d.sample.prompt.content for d in drawn], [scored_text(d.sample) for d in drawn])
+        found, start = [], 0
+        for one in asks:
+            part = slice(start, start + one.count)
+            found.append(self._select(one, drawn[part], rewards[part]))
+            start += one.count
+        return found
+
+    def _select(self, one: Ask, drawn: Sequence[Drawn], rewards: np.ndarray) -> Answered:
+        """The best of each group, by what `irlign bon` compares."""
+        name = self.served.reward
+        rows = candidate_rows([replace(d.sample, index=i) for i, d in enumerate(drawn)], {name: rewards})
+        picks = []
+        for start in range(0, one.count, one.best_of):
+            best = sorted(rows[start : start + one.best_of], key=lambda row: merit(row, name), reverse=True)
+            picks += [Pick(drawn[row["index"]], float(rewards[row["index"]]), row["index"]) for row in best[: one.kept]]
+        return Answered(picks, drawn[0].prompt_tokens, sum(d.sample.tokens for d in drawn))
+
+    def _score(self, asks: Sequence[ScoreAsk]) -> list[np.ndarray]:
+        """The rewards of the answers of each, scored in one batch."""
+        rows = [(one.prompt, text) for one in asks for text in one.completions]
+        rewards = self.reward.score([prompt for prompt, _ in rows], [text for _, text in rows])
+        return np.split(rewards, np.cumsum([len(one.completions) for one in asks])[:-1])
