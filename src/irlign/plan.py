@@ -187,6 +187,9 @@ def plan(
     those of an answer for the data file. Raises ConfigError, DataError or ModelError where something it reads is wrong.
     """
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
+    if recipe.pools is not None:
+        what = "the samples are given, and no policy is trained: only the reward reads and learns"
+        raise ConfigError(what, where="pools", do="`irlign validate` says what the files hold")
     given = (prompts, prompt_tokens, answer_tokens)
     if any(given) and not all(given):
         raise ConfigError("sizes are given together", where="irlign plan", do="give --prompts, --prompt-tokens and --answer-tokens")

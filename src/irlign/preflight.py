@@ -14,7 +14,8 @@ def preflight(recipe: Recipe) -> None:
     """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
     refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
-    check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
+    if recipe.pools is None:
+        check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
     for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
         check_causal(checkpoint)
     if recipe.reward.backbone not in ("sft", "init"):
@@ -36,6 +37,6 @@ def _golden(spec: str) -> None:
 def _trained(recipe: Recipe) -> list[TrainerSettings]:
     """The settings of every stage that trains through transformers' Trainer."""
     found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
-    found += [] if recipe.sft_model_name_or_path else [recipe.sft]
+    found += [] if recipe.sft_model_name_or_path or recipe.pools else [recipe.sft]
     found += [] if recipe.reward.kind == "features" else [recipe.reward]
     return found if recipe.optimise.method == "none" else [*found, recipe.optimise]

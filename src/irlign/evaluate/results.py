@@ -28,9 +28,10 @@ def measure(
     settings: EvaluationSettings,
     summary: Mapping[str, Any],
     aligned: bool = False,
+    candidates: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test, and where
-    there is an `aligned` policy its samples.
+    there is an `aligned` policy its samples. `candidates`: the candidates came from elsewhere, and pi_SFT's own samples stand beside them.
 
     `learned` names the reward that was trained; which one selects is in choice.json. Golden judges the text a user would get;
     rewards see it under the ending rule of their training.
@@ -71,6 +72,7 @@ def measure(
     measured = Evaluation(
         initial=drawn(initial),
         pool=from_sft,
+        sft=drawn([Sample.from_row(row) for row in _test_rows(run, "pools/sft.parquet")]) if candidates else None,
         aligned=_aligned(optimised, from_sft, lambda: drawn([Sample.from_row(row) for row in _test_rows(run, "pools/aligned.parquet")])),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
@@ -94,6 +96,7 @@ def measure(
         "alarms": [*alarms(heldout, choice), *_kept_alarms(optimised)],
         "choice": choice,
         "optimise": optimised,
+        "base": measured.base,
         "tests": measured.tests("golden" if golden else selector),
         "curve": measured.curve_info(truth),
         "run": dict(summary),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from irlign.data.chat import Format, check_pairs, context_length, length_sorted_batches, pad
+from irlign.data.pairs import plain_text
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
 from irlign.policy.load import device, load_config, load_policy, load_tokenizer
@@ -50,7 +51,7 @@ def encoder_features(encoder: Path | str, prompts: Sequence[PromptContent], comp
     import torch
 
     tokenizer, model = _load_encoder(str(encoder))
-    texts = [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
+    texts = [plain_text(p) for p in prompts]
     limit = min(tokenizer.model_max_length, context_length(model.config))
     rows = tokenizer(texts, list(completions), truncation="longest_first", max_length=limit)
     fills = {key: tokenizer.pad_token_id or 0 if key == "input_ids" else 0 for key in rows if key != "attention_mask"}
@@ -88,11 +89,26 @@ def is_policy(path: Path | str) -> bool:
     return Path(path, "adapter_config.json").is_file() or any("CausalLM" in name or "LMHead" in name for name in names)
 
 
+def features_of(
+    checkpoint: Path | str, prompts: Sequence[PromptContent], completions: Sequence[str], *, chat_template: str, name: str
+) -> np.ndarray:
+    """The features of answers under a policy, which reads them in its own format, or any other checkpoint, as plain text."""
+    if is_policy(checkpoint):
+        return policy_features(Path(checkpoint), prompts, completions, chat_template=chat_template, name=name)
+    return encoder_features(checkpoint, prompts, completions, name=name)
+
+
+def is_encoder(path: Path | str) -> bool:
+    """Whether a checkpoint is no policy and of a kind that is trained to fill masks (BERT and its like), by its configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return not is_policy(path) and load_config(str(path)).model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 class Features:
     """The features of answers under one frozen checkpoint, each computed once: `features(prompts, completions)`, shape [B, F].
 
-    A policy reads them in its own format (`policy_features`), any other checkpoint as plain text (`encoder_features`). What was
-    computed is kept, and `save` and `take` carry it from one reward, or one run of a stage, to the next.
+    What was computed is kept, and `save` and `take` carry it from one reward, or one run of a stage, to the next.
     """
 
     def __init__(self, checkpoint: Path | str, chat_template: str, name: str = "features"):
@@ -105,10 +121,7 @@ class Features:
         missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.values())
         if missing:
             wanted: tuple[list[Any], list[str]] = ([prompts[i] for i in missing], [completions[i] for i in missing])
-            if is_policy(self.checkpoint):
-                found = policy_features(Path(self.checkpoint), *wanted, chat_template=self.chat_template, name=self.name)
-            else:
-                found = encoder_features(self.checkpoint, *wanted, name=self.name)
+            found = features_of(self.checkpoint, *wanted, chat_template=self.chat_template, name=self.name)
             self.known |= {keys[i]: row for i, row in zip(missing, found, strict=True)}
         return np.stack([self.known[key] for key in keys])
 
