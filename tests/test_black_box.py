@@ -101,6 +101,19 @@ def test_without_demonstrations_n_is_what_was_asked_and_nothing_is_shown(tmp_pat
         run_stage("sft", None, [f"output_dir={tmp_path}/run"])
 
 
+def test_words_need_no_model_at_all_and_make_no_judge(tmp_path, files):
+    shown = write(tmp_path / "shown.jsonl", [{"prompt": p, "completion": "a red bird sat."} for p in PROMPTS])
+    held = ["data.dev_prompts=24", "best_of_n.n=2", f"dataset_name={shown}"]
+    results = run(RECIPE, words(tmp_path, files, "words", *held))
+    assert results["choice"]["label_free"] is None and results["heldout"]["reward_auc"]["mean"] == 1.0
+    assert {p.name for p in (tmp_path / "run/rewards/init-sft").iterdir()} == {"reward.json", "README.md", "heads.safetensors"}
+    picks = [json.loads(line) for line in (tmp_path / "run/best_of_n/selected.jsonl").read_text().splitlines()]
+    assert {row["model"] for row in picks} == {"the red one"}
+    kept = run_stage("bon", None, [f"output_dir={tmp_path}/run", "best_of_n.n=null"])
+    choice = read_json(kept / "best_of_n/choice.json")
+    assert choice["n"] == 1 and choice["why"].endswith("so there is no judge, so the first candidate is kept")
+
+
 def test_transformers_alone_gives_the_fine_tuned_encoders_reward(tmp_path, files, encoder):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -167,6 +180,7 @@ REFUSED = {
     "reward.log_ratio=true": "reward.log_ratio needs a policy's weights",
     "model_name_or_path=m": "leave out model_name_or_path",
     "reward.backbone=sft": "pools needs reward.backbone",
+    "reward.backbone=words reward.kind=classifier": "use kind=features",
     "reward.contrast=init-demo": "needs dataset_name",
     "sft.keep_checkpoints=[0.5]": "there is no SFT",
     "pools.sft=a.jsonl": "one file",
@@ -181,6 +195,6 @@ def test_what_needs_weights_is_refused(word):
     assert (recipe.optimise.method, recipe.best_of_n.likelihood, recipe.reward.log_ratio, recipe.world) == ("none", 0, False, None)
     assert load_recipe(Recipe, recipe.model_dump(mode="json")) == recipe
     with pytest.raises(ConfigError, match=REFUSED[word]):
-        load_recipe(Recipe, RECIPE, [*given, word])
+        load_recipe(Recipe, RECIPE, [*given, *word.split()])
     with pytest.raises(ConfigError, match="the samples are given"):
         plan(RECIPE, given)

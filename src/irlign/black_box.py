@@ -63,7 +63,8 @@ def stand_for(recipe: Recipe) -> dict[str, Any]:
     if not recipe.pools:
         return {}
     shown = recipe.dataset_name or "no demonstrations"
-    return {"model": f"samples of {recipe.pools.initial}", "sft_model": f"samples of {recipe.pools.sft}", "dataset": shown}
+    policies = {"model": f"samples of {recipe.pools.initial}", "sft_model": f"samples of {recipe.pools.sft}"}
+    return {**policies, "dataset": shown, "num_generations": "as many as were given"}
 
 
 def black_box_notes(recipe: Recipe) -> list[str]:

@@ -224,10 +224,11 @@ def bon(recipe: Recipe, run: Run) -> None:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
-        verdicts = judge_pool(reads, pool, initial, answers, chat_template=recipe.data.chat_template)
+        no_judge = "words alone do not say whether an answer belongs to its prompt, so there is no judge" if str(reads) == "words" else ""
+        verdicts = judge_pool(reads, pool, initial, [] if no_judge else answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, verdicts.logits, verdicts.style)
         kept = "the first candidate" if source == "candidates" else "SFT"
-        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc, kept=kept)
+        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc, kept=kept, no_judge=no_judge)
         guard_n(choice, recipe.best_of_n.force)
         selected = select(rows, choice["reward"], choice["n"])
         if recipe.pools:
@@ -539,7 +540,6 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "model": recipe.model_name_or_path or f"pretrained on the corpus of the {recipe.world.name if recipe.world else ''} world",
         "sft_model": recipe.sft_model_name_or_path,
         "dataset": recipe.dataset_name,
-        **stand_for(recipe),
         "world": recipe.world.name if recipe.world else None,
         "contrast": recipe.reward.name,
         "selector": read_json(run.path("best_of_n/choice.json"))["reward"],
@@ -550,4 +550,5 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "notes": [*black_box_notes(recipe), *stand_ins(notes["data"].get("files", {}))],
         "pools": notes["sample"],
         "seconds": {name: e["seconds"] for name, e in run.stages.items() if e["status"] == "complete" and name not in ("eval", "report")},
+        **stand_for(recipe),
     }

@@ -198,7 +198,7 @@ def plan(
     else:
         shape = shape_of(str(recipe.model_name_or_path), flops is None and has_cuda())
         sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)  # type: ignore[arg-type]
-    own = recipe.reward.backbone in ("sft", "init")
+    own = recipe.reward.backbone in ("sft", "init", "words")  # words cost next to nothing
     speed = Speed(flops, flops) if flops else measured_speed(shape.parameters)
     table = stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed)
     return render(table, recipe, sizes, shape, speed, measured=flops is None)

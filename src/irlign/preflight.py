@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+from irlign.endpoint import check_client
 from irlign.evaluate.golden import is_function, load_golden
+from irlign.evaluate.judge import SECTION
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
 from irlign.sampling.engine import check_engine
@@ -11,15 +13,18 @@ from irlign.training import TrainerSettings, training_arguments
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
+    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a judge without an address, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
     refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
     if recipe.pools is None:
         check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
     for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
         check_causal(checkpoint)
-    if recipe.reward.backbone not in ("sft", "init"):
+    if recipe.reward.backbone not in ("sft", "init", "words"):
         load_config(recipe.reward.backbone)
+    if judge := recipe.evaluation.judge:
+        check_client()
+        judge.address(section=SECTION)
     if spec := recipe.evaluation.golden_reward:
         _golden(spec)
     for settings in _trained(recipe):

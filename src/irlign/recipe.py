@@ -100,7 +100,7 @@ class Recipe(Settings):
             setattr(self, section, settings.model_copy(update={key: value}))
         if self.reward.backbone in ("sft", "init"):
             raise ValueError(
-                "pools needs reward.backbone, the folder or Hub id of an encoder (or any language model) that reads the answers"
+                "pools needs reward.backbone: words, or the folder or Hub id of an encoder (or any language model) that reads the answers"
             )
         if self.sft.keep_checkpoints:
             raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and with pools there is no SFT")

@@ -19,6 +19,9 @@ SOURCES = {
 COLUMNS = {"initial": "initial", "sft": "SFT", "candidates": "candidates", "aligned": "aligned", "demonstrations": "demonstrations"}
 
 
+BASES = {"sft": "SFT", "candidates": "the pool"}  # what n = 1 stands for
+
+
 def write_report(root: Path, target: Path) -> None:
     """Render the run in `root`. Raises RunError where results are missing or damaged."""
     run = Run.read(root)
@@ -59,6 +62,7 @@ def write_report(root: Path, target: Path) -> None:
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
+        "pairwise": _pairwise(results),
         "sources": _source_rows(heldout, chosen),
         "columns": {
             **{key: name for key, name in COLUMNS.items() if (tuned or key != "aligned") and (base == "candidates" or key != "candidates")},
@@ -67,8 +71,10 @@ def write_report(root: Path, target: Path) -> None:
         "checks": _checks(heldout, info),
         "alarms": results["alarms"],
         "outliers": results["heldout"].get("outlier_picks") is not None,
+        "nll": heldout["demonstration_nll"] is not None,
+        "base": BASES[base],
         "samples": _samples(rows, golden is not None, chosen, tuned, base),
-        "samples_words": _samples_words(golden, len(rows)),
+        "samples_words": _samples_words(golden, len(rows), BASES[base]),
         "facts": _facts(run, info),
         "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
     }
@@ -143,6 +149,18 @@ def _choice(choice: Mapping[str, Any]) -> str:
     )
 
 
+def _pairwise(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The judge's table: what it was asked, and a row a pair."""
+    asked = results.get("pairwise")
+    if not asked:
+        return None
+    usage, names = asked["usage"], {**COLUMNS, "best_of_n": f"Best-of-{results['choice']['n']}"}
+    cost = "" if usage["cost"] is None else f", cost {usage['cost']:,.4g}"
+    words = f"{asked['model']}, asked which answer is more {asked['criterion']}, one answer of each source, in both orders: {usage['verdicts']:,} verdicts, "
+    words += f"{usage['prompt_tokens']:,} tokens in, {usage['completion_tokens']:,} out{cost}. A tie counts half; at equal length: logistic regression on the difference."
+    return {"words": words, "pairs": [{**pair, "a": names[pair["a"]], "b": names[pair["b"]]} for pair in asked["pairs"]]}
+
+
 def _gao(fit: Mapping[str, Any] | None, last: int) -> str:
     if fit is None:
         return ""
@@ -212,7 +230,7 @@ def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int, tuned
             if row["prompt_id"] in seen:
                 continue
             seen.add(row["prompt_id"])
-            what = f"{'golden value' if golden else 'reward'} of the pick minus {'SFT' if base == 'sft' else 'the candidates'}'s mean"
+            what = f"{'golden value' if golden else 'reward'} of the pick minus {BASES[base]}'s mean"
             answers = _answers(row, golden, chosen, tuned, base)
             found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": answers})
     return found
@@ -236,10 +254,10 @@ def _answers(row: Mapping[str, Any], golden: bool, chosen: int, tuned: bool, bas
     return found
 
 
-def _samples_words(golden: Mapping[str, Any] | None, prompts: int) -> str:
+def _samples_words(golden: Mapping[str, Any] | None, prompts: int, base: str) -> str:
     by = "golden value" if golden else "reward"
     return (
-        f"Of {prompts} test prompts: the two where the pick gained most over SFT's mean by {by}, two in the middle, the two where it "
+        f"Of {prompts} test prompts: the two where the pick gained most over {base}'s mean by {by}, two in the middle, the two where it "
         "gained least. All others: their first sample."
     )
 

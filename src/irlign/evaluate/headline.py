@@ -24,6 +24,10 @@ def verdict(test: Mapping[str, Any]) -> str:
 def headline(results: Mapping[str, Any]) -> list[str]:
     """The answer in a few sentences, as the numbers say it: the aligned policy first, then the chosen n, then what the whole pool would
     have given."""
+    return [*_measured(results), *_judged(results)]
+
+
+def _measured(results: Mapping[str, Any]) -> list[str]:
     aligned = _aligned(results)
     last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
     n = choice["n"] if choice else last
@@ -67,6 +71,25 @@ def _aligned(results: Mapping[str, Any]) -> list[str]:
     words = {"better": "beats SFT by", "worse": "is worse than SFT:", "unclear": "is not shown to beat SFT:"}[verdict(test)]
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
     return [f"{policy}, one answer and no reward at inference, {words} {amount}, {cost}."]
+
+
+NAMES = {"aligned": "the aligned policy", "sft": "SFT", "initial": "the initial policy", "candidates": "a candidate from the pool"}
+
+
+def _judged(results: Mapping[str, Any]) -> list[str]:
+    """What a judge at an endpoint prefers, a sentence a pair; nothing where none was asked."""
+    asked = results.get("pairwise")
+    if not asked:
+        return []
+    lines = []
+    for pair in asked["pairs"]:
+        a, b = (NAMES.get(pair[side], f"Best-of-{results['choice']['n']}") for side in ("a", "b"))
+        win, equal = pair["win_rate"], pair["length_controlled"]
+        lines.append(
+            f"The judge {asked['model']} prefers {a} to {b} in {win['mean']:.0%} {_ci(win['ci95'], '.0%')} of {win['prompts']} test prompts, "
+            f"and {equal['mean']:.0%} {_ci(equal['ci95'], '.0%')} at equal length (more {asked['criterion']}; a tie counts half)."
+        )
+    return lines
 
 
 def _kept(choice: Mapping[str, Any], base: str) -> str:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from irlign import statistics
 from irlign.config import Settings
+from irlign.evaluate.judge import JudgeSettings
 from irlign.evaluate.overoptimisation import fit_gao
 from irlign.reward.controls import CONTROLS
 
@@ -19,6 +20,9 @@ class EvaluationSettings(Settings):
     golden_reward: str | None = Field(
         None,
         description="what answers are truly worth: module:function, a sequence-classification checkpoint, or null (a world has its own)",
+    )
+    judge: JudgeSettings | None = Field(
+        None, description="a model at an endpoint that compares test answers in pairs; null = none is asked"
     )
     resamples: int = Field(10_000, ge=100, description="bootstrap and permutation resamples")
 

@@ -182,18 +182,20 @@ def choice_of(
     demonstrations: int,
     judge_auc: float | None,
     kept: str = "SFT",
+    no_judge: str = "",
 ) -> dict[str, Any]:
     """choice.json, from the candidates: the `reward` and the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n
     that the judge would take, or null), the judge's `curves` on dev (`{reward: {n: {"mean", "low"}}}`, gains over n = 1 in standard
-    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects. `kept` is what n = 1 stands for.
+    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects. `kept` is what n = 1 stands for,
+    `no_judge` why there is no judge where that is not for want of demonstrations.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
     about: dict[str, Any] = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
     if not dev:
-        why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so {kept} is kept"
+        why = no_judge or f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed)"
         about |= {"reward": rewards[0], "label_free": None, "curves": None, "prompts": 0}
         shown = "given by best_of_n.n; no judge says whether it is better"
-        return {**about, "n": given or 1, "why": shown if given else why}
+        return {**about, "n": given or 1, "why": shown if given else f"{why}, so {kept} is kept"}
     judged, finished = np.array([row["judge"] for row in dev]), np.array([row["finish_reason"] != "length" for row in dev])
     gains = {}
     for reward in rewards:

@@ -1,10 +1,13 @@
-"""Frozen features of a policy or of any encoder, each computed once, and a logistic head on them: a few dozen answers train it."""
+"""Frozen features of a policy, of any encoder or of the words alone, and a logistic head on them: a few dozen answers train it."""
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from irlign.progress import Progress
 from irlign.records import PromptContent, prompt_identity
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32768  # padded tokens a batch
+WORDS, WIDTH = "words", 8192  # the backbone that is none: hashed words, and into how many columns
 
 
 def policy_features(
@@ -89,10 +93,24 @@ def is_policy(path: Path | str) -> bool:
     return Path(path, "adapter_config.json").is_file() or any("CausalLM" in name or "LMHead" in name for name in names)
 
 
+def word_features(texts: Sequence[str]) -> np.ndarray:
+    """Hashed words and word pairs, `log(1 + count)`, each answer at length 1 so that longer is not larger. Shape [len(texts), WIDTH]."""
+    x_B_F = np.zeros((len(texts), WIDTH), dtype=np.float32)
+    for row, text in enumerate(texts):
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        for term in [*words, *map(" ".join, pairwise(words))]:
+            x_B_F[row, crc32(term.encode("utf-8", "surrogatepass")) % WIDTH] += 1
+    x_B_F = np.log1p(x_B_F)
+    return x_B_F / np.maximum(np.linalg.norm(x_B_F, axis=1, keepdims=True), 1e-9)
+
+
 def features_of(
     checkpoint: Path | str, prompts: Sequence[PromptContent], completions: Sequence[str], *, chat_template: str, name: str
 ) -> np.ndarray:
-    """The features of answers under a policy, which reads them in its own format, or any other checkpoint, as plain text."""
+    """The features of answers under a policy, which reads them in its own format, any other checkpoint, which reads plain text, or WORDS,
+    which sees the answer alone."""
+    if str(checkpoint) == WORDS:
+        return word_features(completions)
     if is_policy(checkpoint):
         return policy_features(Path(checkpoint), prompts, completions, chat_template=chat_template, name=name)
     return encoder_features(checkpoint, prompts, completions, name=name)
