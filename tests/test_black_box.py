@@ -111,7 +111,7 @@ def test_words_need_no_model_at_all_and_make_no_judge(tmp_path, files):
     assert {row["model"] for row in picks} == {"the red one"}
     kept = run_stage("bon", None, [f"output_dir={tmp_path}/run", "best_of_n.n=null"])
     choice = read_json(kept / "best_of_n/choice.json")
-    assert choice["n"] == 1 and choice["why"].endswith("so there is no judge, so the first candidate is kept")
+    assert choice["n"] == 1 and choice["why"].startswith("words alone make no judge") and choice["why"].endswith(", so the first candidate is kept")
 
 
 def test_transformers_alone_gives_the_fine_tuned_encoders_reward(tmp_path, files, encoder):
@@ -166,6 +166,10 @@ def test_candidates_and_demonstrations_have_to_meet_too(tmp_path, files, encoder
     assert "test: 12 prompts" in splits
     root = run_stage("sample", RECIPE, few)
     train = {row["prompt"] for row in read_table(root / "data/train.parquet")}
+    alone = [*answers("blue"), *answers("blue", ["the bird"])]  # a prompt of initial and candidates alone stays out of the worse side
+    write(tmp_path / "old.jsonl", alone)
+    root = run_stage("sample", RECIPE, few)
+    assert len(read_table(root / "pools/init.parquet")) == len(answers("blue"))
     files["candidates"] = write(tmp_path / "only.jsonl", answers("red", sorted(train)))
     with pytest.raises(DataError, match="every candidate answers a prompt that the reward is trained on"):
         run(RECIPE, words(tmp_path, files, encoder))

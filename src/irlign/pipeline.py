@@ -210,6 +210,7 @@ def bon(recipe: Recipe, run: Run) -> None:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.reward.controls import length
+        from irlign.reward.features import WORDS
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
 
@@ -224,7 +225,7 @@ def bon(recipe: Recipe, run: Run) -> None:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
-        no_judge = "words alone do not say whether an answer belongs to its prompt, so there is no judge" if str(reads) == "words" else ""
+        no_judge = "words alone make no judge of whether an answer belongs to its prompt" if str(reads) == WORDS and answers else ""
         verdicts = judge_pool(reads, pool, initial, [] if no_judge else answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, verdicts.logits, verdicts.style)
         kept = "the first candidate" if source == "candidates" else "SFT"

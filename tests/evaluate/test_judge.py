@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 from openai_server import Server, completion, error
+from small import small_recipe
 
 from irlign import endpoint
+from irlign.cli import main
 from irlign.errors import ConfigError
 from irlign.evaluate.judge import PAIR, JudgeSettings, compared, judge_pairs, read_verdict
+from irlign.files import read_json
+from irlign.pipeline import run, run_stage
 from irlign.statistics import length_controlled
 
 OPTIONS = {"resamples": 200, "seed": 0}
@@ -160,20 +164,22 @@ def test_compared_by_hand():
 
 
 def test_the_run_asks_the_judge_and_the_report_shows_it(tmp_path):
-    from small import small_recipe
-
-    from irlign.files import read_json
-    from irlign.pipeline import run, run_stage
-
     run(small_recipe(tmp_path / "run", optimise={"method": "none"}, best_of_n={"n": 4, "force": True}))
     with Server(lambda n, body: (200, {}, completion(body, "A" if n % 3 else "TIE"))) as server:
         words = [f"output_dir={tmp_path}/run", f"evaluation.judge.base_url={server.url}", "evaluation.judge.model=served"]
-        run_stage("report", None, words)
+        with pytest.raises(SystemExit) as ended:
+            main(["eval", words[0], "--judge", server.url, "--judge-model", "served"])
+        assert not ended.value.code
         asked = len(server.bodies)
         run_stage("report", None, [*words, "evaluation.resamples=300"])
     assert asked == len(server.bodies) == len([line for line in (tmp_path / "run/judged.jsonl").read_text().splitlines() if line])
     results = read_json(tmp_path / "run/evaluation/results.json")
     assert [(p["a"], p["b"]) for p in results["pairwise"]["pairs"]] == [("best_of_n", "sft"), ("sft", "initial")]
     assert results["headline"][-1].startswith("The judge served prefers SFT to the initial policy in ")
+    assert "both orders agree on" in results["headline"][-1]
+    with pytest.raises(ConfigError, match="no address of an endpoint"):
+        run_stage("eval", None, [words[0], "evaluation.judge={model: served}"])
+    with pytest.raises(ConfigError, match=r"evaluation\.judge\.model"):
+        run_stage("eval", None, [words[0], "evaluation.judge={base_url: http://localhost/v1}"])
     html = (tmp_path / "run/report.html").read_text()
     assert "A judge's verdicts: served, asked which answer is more helpful" in html and f"{asked} verdicts" in html

@@ -87,7 +87,8 @@ def _judged(results: Mapping[str, Any]) -> list[str]:
         win, equal = pair["win_rate"], pair["length_controlled"]
         lines.append(
             f"The judge {asked['model']} prefers {a} to {b} in {win['mean']:.0%} {_ci(win['ci95'], '.0%')} of {win['prompts']} test prompts, "
-            f"and {equal['mean']:.0%} {_ci(equal['ci95'], '.0%')} at equal length (more {asked['criterion']}; a tie counts half)."
+            f"and {equal['mean']:.0%} {_ci(equal['ci95'], '.0%')} at equal length (more {asked['criterion']}; a tie counts half; "
+            f"both orders agree on {pair['agreement']['mean']:.0%})."
         )
     return lines
 
@@ -124,7 +125,7 @@ def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
 def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
     auc, length, judged = (results["heldout"][key] for key in ("reward_auc", "length_auc", "judge"))
     what = f"Best-of-{n}{how} beats" if n > 1 else f"Best-of-{results['curve']['n'][-1]} would beat"
-    lines = [f"There is no golden reward, so whether {what} {base_of(results)[1]} is not shown here."]
+    lines = [f"There is no golden reward, so whether {what} {base_of(results)[1]} is not shown here."] if results["curve"]["n"][-1] > 1 else []
     if judged and n > 1:
         gain = judged[str(n)]
         lines.append(

@@ -138,11 +138,13 @@ def _with_demonstrations(
 
 
 def give_pools(pools: PoolSettings, settings: DataSettings, prompts: Sequence[Prompt], folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the pools of a run below `folder`, each answer with the split of its prompt, and return their statistics. Answers to other
-    prompts are left out, and candidates for train prompts."""
+    """Write the pools of a run below `folder`, each answer with the split of its prompt, and return their statistics. Left out are answers
+    to prompts that the other policy does not answer, and candidates for train prompts."""
     split, statistics = {p.prompt_id: p.split for p in prompts}, {}
-    for pool, file in pools.files.items():
-        own = [a for a in read_answers(file, settings) if a.sample.prompt.prompt_id in split]
+    answers = {pool: read_answers(file, settings) for pool, file in pools.files.items()}
+    both = set.intersection(*({a.sample.prompt.prompt_id for a in answers[pool]} for pool in ("init", "sft")))
+    for pool, of in answers.items():
+        own = [a for a in of if a.sample.prompt.prompt_id in (split if pool == "candidates" else both & set(split))]
         rows = [{**a.sample.to_row(), "split": split[a.sample.prompt.prompt_id], **a.beside} for a in own]
         rows = [row for row in rows if pool != "candidates" or row["split"] != "train"]
         rows.sort(key=lambda row: (row["split"], row["prompt_id"], row["index"]))
