@@ -111,7 +111,11 @@ def test_words_need_no_model_at_all_and_make_no_judge(tmp_path, files):
     assert {row["model"] for row in picks} == {"the red one"}
     kept = run_stage("bon", None, [f"output_dir={tmp_path}/run", "best_of_n.n=null"])
     choice = read_json(kept / "best_of_n/choice.json")
-    assert choice["n"] == 1 and choice["why"].startswith("words alone make no judge") and choice["why"].endswith(", so the first candidate is kept")
+    assert (
+        choice["n"] == 1
+        and choice["why"].startswith("words alone make no judge")
+        and choice["why"].endswith(", so the first candidate is kept")
+    )
 
 
 def test_transformers_alone_gives_the_fine_tuned_encoders_reward(tmp_path, files, encoder):

@@ -125,7 +125,9 @@ def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
 def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
     auc, length, judged = (results["heldout"][key] for key in ("reward_auc", "length_auc", "judge"))
     what = f"Best-of-{n}{how} beats" if n > 1 else f"Best-of-{results['curve']['n'][-1]} would beat"
-    lines = [f"There is no golden reward, so whether {what} {base_of(results)[1]} is not shown here."] if results["curve"]["n"][-1] > 1 else []
+    lines = (
+        [f"There is no golden reward, so whether {what} {base_of(results)[1]} is not shown here."] if results["curve"]["n"][-1] > 1 else []
+    )
     if judged and n > 1:
         gain = judged[str(n)]
         lines.append(
