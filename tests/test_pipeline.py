@@ -84,7 +84,8 @@ def test_everything_the_contract_names_is_there(finished):
 
 def test_results_keep_their_promises(finished):
     results = json.loads((finished / "evaluation/results.json").read_text())
-    assert set(results) == {"headline", "golden", "heldout", "choice", "optimise", "alarms", "tests", "curve", "run"}
+    parts = {"headline", "golden", "heldout", "choice", "optimise", "alarms", "base", "tests", "curve", "run", "pairwise"}
+    assert set(results) == parts
     golden = results["golden"]
     assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}
     assert golden["best_of_n"]["1"]["mean"] == pytest.approx(golden["sft"]["mean"])

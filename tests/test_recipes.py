@@ -29,7 +29,7 @@ SHORT = [
 def test_every_recipe_is_one(name):
     given = [] if name == "quickstart" else ["model_name_or_path=model", "dataset_name=file.jsonl"]
     recipe = load_recipe(Recipe, RECIPES / f"{name}.yaml", given)
-    assert (recipe.world is not None) == (name == "quickstart")
+    assert (recipe.world is not None) == (name == "quickstart") and recipe.pools is None
     assert recipe.sampling.max_cut_share < 1 and recipe.reward.max_leak_accuracy < 1 and recipe.reward.ending == "match"
 
 

@@ -1,5 +1,6 @@
-"""A policy small enough for every test: a random two-layer Llama and a word-level tokenizer that keeps every space."""
+"""A policy and an encoder small enough for every test: random two-layer models and a word-level tokenizer that keeps every space."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,4 +44,25 @@ def make_tiny_policy(folder: Path, seed: int = 0, *, tokenizer: Any = None, arch
         model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **ids, **(sizes | config)))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_encoder(folder: Path, seed: int = 0) -> Path:
+    """Save a random two-layer BERT with segment ids and a tokenizer that frames pairs, as `AutoModel` would; 24 tokens fit."""
+    import torch
+    from tokenizers import processors
+    from transformers import BertConfig, BertModel
+
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.model_max_length = 24
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=3, initializer_range=0.3, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_input_names": names}))
     return folder

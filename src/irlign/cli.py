@@ -112,7 +112,22 @@ def optimise(
     run_stage("optimise", config, [*_overrides(context), f"optimise.method={method}"])
 
 
-_stage("eval", "Measure on the test prompts: evaluation/results.json.")
+@app.command("eval", context_settings=PASS_ON)
+def evaluate(
+    context: Context,
+    config: Config = None,
+    judge: Annotated[
+        str | None, typer.Option(help="address of an OpenAI-compatible endpoint whose model compares answers in pairs")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="that model's name there")] = None,
+) -> None:
+    """Measure on the test prompts: evaluation/results.json."""
+    from irlign.pipeline import run_stage
+
+    given = {"base_url": judge, "model": judge_model}
+    run_stage("eval", config, [*_overrides(context), *(f"evaluation.judge.{key}={value}" for key, value in given.items() if value)])
+
+
 _stage("report", "Write report.html.")
 
 

@@ -2,6 +2,7 @@
 
     init -> data -> sft -> sample -> reward -> bon -> optimise -> eval -> report
 
+With stored samples (`pools`) the chain is data -> sample (the files become the pools) -> reward -> bon -> eval -> report.
 Stages meet only through files of the run directory (docs/run_directory.md). A finished stage whose settings and inputs
 have not changed is skipped; a changed one runs again, and so does what follows from it.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from irlign import __version__
+from irlign.black_box import black_box_notes, pool_files, stand_for, take_pools, validate_pools
 from irlign.data.checks import read_notes
 from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError, DataError, OverlongError
@@ -21,6 +23,7 @@ from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.records import SPLITS, Demonstration, Prompt
 from irlign.runs import Run
+from irlign.sampling.given import beside_selection, given_splits
 from irlign.sampling.pools import stored_samples
 
 Config = str | Path | Mapping[str, Any] | Recipe | None
@@ -28,6 +31,8 @@ Config = str | Path | Mapping[str, Any] | Recipe | None
 
 def init(recipe: Recipe, run: Run) -> None:
     """pi_0 in policies/init: pretrained on the world's corpus (stage `pretrain`), or the given checkpoint (stage `init`)."""
+    if recipe.pools:
+        return None
     world = recipe.world
     if world is None:
         return _take_checkpoint(recipe, run, "init", str(recipe.model_name_or_path))
@@ -62,17 +67,21 @@ def data(recipe: Recipe, run: Run) -> None:
         return {"files": notes, "prompts": {s: len({d.prompt.prompt_id for d in splits[s]}) for s in SPLITS}, "rows": rows}
 
     given = {key: getattr(recipe, key) for key in ("dataset_name", "eval_dataset_name", "prompt_dataset_name")}
+    pools = pool_files(recipe)
+    settings = {"data": recipe.data, "world": recipe.world, "max_new_tokens": recipe.sampling.max_new_tokens, **given, **pools}
     run.do(
         "data",
         build,
-        settings={"data": recipe.data, "world": recipe.world, "max_new_tokens": recipe.sampling.max_new_tokens, **given},
-        inputs={**_inside("policies/init"), **{key: name for key, name in given.items() if name}},
+        settings=settings,
+        inputs={**_policies(recipe, "init"), **{key: name for key, name in {**given, **pools}.items() if name}},
         outputs=[f"data/{split}.parquet" for split in SPLITS],
     )
 
 
 def sft(recipe: Recipe, run: Run) -> None:
     """pi_SFT in policies/sft: forward KL on the train demonstrations, or the SFT model the user already has."""
+    if recipe.pools:
+        return None
     if recipe.sft_model_name_or_path:
         return _take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
 
@@ -104,6 +113,8 @@ def sft(recipe: Recipe, run: Run) -> None:
 def sample(recipe: Recipe, run: Run) -> None:
     """Pools of pi_0 and pi_SFT, by the same engine: train prompts for the reward, dev and test prompts for evaluation. Pools of
     earlier checkpoints are for the reward alone: train and dev."""
+    if recipe.pools:
+        return take_pools(recipe, run, _prompts(run))
     settings, earlier = recipe.sampling, list(recipe.sft.kept)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -136,14 +147,15 @@ def sample(recipe: Recipe, run: Run) -> None:
         inputs=_inside(*(f"policies/{name}" for name in ("init", "sft", *earlier)), *(f"data/{s}.parquet" for s in SPLITS)),
         outputs=[f"pools/{name}.parquet" for name in ("init", "sft", *earlier)],
     )
+    return None
 
 
 def reward(recipe: Recipe, run: Run) -> None:
     """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and the log-ratios, the baselines without training."""
     settings, template, preferences, names = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name, _rewards(recipe)
     own_policy = settings.backbone in ("sft", "init")
-    inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet", "policies/init", "policies/sft")
-    inputs |= _inside(*(f"pools/{name}.parquet" for name in recipe.sft.kept))
+    inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet")
+    inputs |= _policies(recipe, "init", "sft") | _inside(*(f"pools/{name}.parquet" for name in recipe.sft.kept))
     inputs |= {} if own_policy else {"backbone": settings.backbone}
     inputs |= {"preference_dataset_name": preferences} if preferences else {}
     reading = {"data": recipe.data} if preferences else {}
@@ -179,7 +191,8 @@ def reward(recipe: Recipe, run: Run) -> None:
         )
         about = {"ending": settings.ending, "controls": controls, "left_out": left_out, "inputs": hashes}
         publish_reward(target, {**log, **about}, __version__)
-        publish_log_ratios(folder / "rewards", names[1:], hashes, chat_template=template, seed=run.seed)
+        if names[1:]:
+            publish_log_ratios(folder / "rewards", names[1:], hashes, chat_template=template, seed=run.seed)
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
     stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences, **reading}
@@ -190,16 +203,19 @@ def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward held to what pi_SFT finds likely, or that
     likelihood alone, selects among as many answers as a judge that neither has met allows on dev (method.md section 9, last point)."""
     learned, weight, selectors, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selectors, recipe.best_of_n.n
+    source = recipe.pools.pool if recipe.pools else "sft"
+    reads = Path(recipe.reward.backbone) if recipe.pools else run.path("policies/init")  # the judge's features
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.reward.controls import length
+        from irlign.reward.features import WORDS
         from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
 
         pool, initial, answers = (
-            stored_samples(run, "sft", "dev", "test"),
+            stored_samples(run, source, "dev", "test"),
             stored_samples(run, "init", "dev"),
             stored_demonstrations(run, "dev"),
         )
@@ -209,11 +225,15 @@ def bon(recipe: Recipe, run: Run) -> None:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
-        verdicts = judge_pool(run.path("policies/init"), pool, initial, answers, chat_template=recipe.data.chat_template)
+        no_judge = "words alone make no judge of whether an answer belongs to its prompt" if str(reads) == WORDS and answers else ""
+        verdicts = judge_pool(reads, pool, initial, [] if no_judge else answers, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, verdicts.logits, verdicts.style)
-        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc)
+        kept = "the first candidate" if source == "candidates" else "SFT"
+        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc, kept=kept, no_judge=no_judge)
         guard_n(choice, recipe.best_of_n.force)
         selected = select(rows, choice["reward"], choice["n"])
+        if recipe.pools:
+            selected = beside_selection(run.path(f"pools/{source}.parquet"), selected)
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
         write_json(folder / "best_of_n/choice.json", choice)
@@ -225,9 +245,10 @@ def bon(recipe: Recipe, run: Run) -> None:
         build,
         settings={"n": given, "selectors": selectors, "likelihood": weight, "judge": JUDGE, "chat_template": recipe.data.chat_template},
         inputs=_inside(
-            *("pools/sft.parquet", "pools/init.parquet", "data/dev.parquet", "policies/init"),
+            *dict.fromkeys((f"pools/{source}.parquet", "pools/init.parquet", "data/dev.parquet")),
             *(f"rewards/{name}" for name in _rewards(recipe)),
-        ),
+        )
+        | (_policies(recipe, "init") or {"backbone": str(reads)}),
         outputs=["best_of_n", *([f"rewards/{selectors[0]}"] if weight else [])],
     )
 
@@ -265,7 +286,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
     from irlign.evaluate.golden import golden_inputs
 
-    spec, world = recipe.evaluation.golden_reward, recipe.world
+    spec, world, better = recipe.evaluation.golden_reward, recipe.world, bool(recipe.pools and recipe.pools.candidates)
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
     aligned = [] if recipe.optimise.method == "none" else ["optimise", "pools/aligned.parquet"]
 
@@ -275,7 +296,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
 
         guard_golden(spec, [run.path("rewards"), run.path("policies")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run), bool(aligned))
+        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run), bool(aligned), better)
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
         for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
@@ -287,7 +308,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         build,
         settings={"evaluation": recipe.evaluation, "world": world},
         inputs={
-            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", *aligned),
+            **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", *aligned, *(["pools/sft.parquet"] if better else [])),
             **_inside(*(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
             **golden_inputs(spec),
         },
@@ -353,6 +374,10 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
     if recipe.seeds is not None:
         raise ConfigError("a single stage runs in one run directory", where="seeds", do="give output_dir=OUT/seed-K and no seeds")
+    if recipe.pools and name == "sft":
+        raise ConfigError(
+            "pools gives samples only, so there is no policy to fine-tune", where="irlign sft", do="`irlign reward` learns from them"
+        )
     if name == "optimise":
         check_method(recipe)
     with Run.open(recipe.output_dir, recipe) as here:
@@ -372,6 +397,8 @@ def validate(config: Config = None, overrides: Sequence[str] = ()) -> tuple[str,
 
     recipe = as_recipe(config, overrides)
     preflight(recipe)
+    if recipe.pools:
+        return validate_pools(recipe, *read_splits(recipe, "")), None
     form, context = _format(recipe, str(recipe.model_name_or_path) if recipe.world is None else None)
     problem = None
     try:
@@ -404,6 +431,8 @@ def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
 
 def read_splits(recipe: Recipe, model: str) -> tuple[dict[str, list[Demonstration]], dict[str, Any]]:
     """The splits of the recipe's world or files under the tokenizer of `model`, and what each file lost."""
+    if recipe.pools:
+        return given_splits(recipe.pools, recipe.data, recipe.seed, recipe.dataset_name)
     if recipe.world is not None:
         return recipe.world.splits(recipe.seed), {f"world {recipe.world.name}": {"rows": recipe.world.demonstrations}}
     from irlign.data.splits import load_splits
@@ -456,6 +485,11 @@ def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
     run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
 
 
+def _policies(recipe: Recipe, *names: str) -> dict[str, str]:
+    """The policies of the run as inputs of a stage; none where samples are given in their place."""
+    return {} if recipe.pools else _inside(*(f"policies/{name}" for name in names))
+
+
 def _answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Any], list[Any]]]:
     """Both sides of every contrast of the recipe on one split. Preferences are split by prompt like everything else."""
     from irlign.data.demonstrations import load_preferences, preferences_of
@@ -485,6 +519,8 @@ def _rewards(recipe: Recipe) -> list[str]:
     """The rewards of a run: the learned one, then those without training."""
     from irlign.reward.publish import LIKELIHOOD, LOG_RATIOS
 
+    if recipe.pools:
+        return [recipe.reward.name]
     return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else [LIKELIHOOD])]
 
 
@@ -515,7 +551,8 @@ def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
         "loss": recipe.reward.loss,
         "num_generations": recipe.sampling.num_generations,
         **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},
-        "notes": stand_ins(notes["data"].get("files", {})),
+        "notes": [*black_box_notes(recipe), *stand_ins(notes["data"].get("files", {}))],
         "pools": notes["sample"],
         "seconds": {name: e["seconds"] for name, e in run.stages.items() if e["status"] == "complete" and name not in ("eval", "report")},
+        **stand_for(recipe),
     }

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+from irlign.endpoint import check_client
 from irlign.evaluate.golden import is_function, load_golden
+from irlign.evaluate.judge import SECTION
 from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
@@ -12,15 +14,19 @@ from irlign.training import Config, TrainerSettings, training_arguments
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, a
-    policy method whose library is missing, and a field or tracker that its training arguments refuse; ModelError for a checkpoint that is
-    no causal language model or not there. Reads configurations, never weights.
+    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a judge without an address, a golden reward that
+    cannot be imported, a policy method whose library is missing, and a field or tracker that its training arguments refuse; ModelError for
+    a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
-    check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
+    if recipe.pools is None:
+        check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
     for checkpoint in filter(None, (recipe.model_name_or_path if recipe.world is None else None, recipe.sft_model_name_or_path)):
         check_causal(checkpoint)
-    if recipe.reward.backbone not in ("sft", "init"):
+    if recipe.reward.backbone not in ("sft", "init", "words"):
         load_config(recipe.reward.backbone)
+    if judge := recipe.evaluation.judge:
+        check_client()
+        judge.address(section=SECTION)
     if spec := recipe.evaluation.golden_reward:
         _golden(spec)
     for settings in _trained(recipe):
@@ -49,5 +55,5 @@ def _golden(spec: str) -> None:
 def _trained(recipe: Recipe) -> list[TrainerSettings]:
     """The settings of every stage before the policy method that trains through transformers' Trainer."""
     found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
-    found += [] if recipe.sft_model_name_or_path else [recipe.sft]
+    found += [] if recipe.sft_model_name_or_path or recipe.pools else [recipe.sft]
     return found if recipe.reward.kind == "features" else [*found, recipe.reward]

@@ -17,6 +17,7 @@ from irlign.policy.sft import SFTSettings
 from irlign.reward.train import RewardSettings
 from irlign.runs import RECIPE
 from irlign.sampling.engine import SamplingSettings
+from irlign.sampling.given import PoolSettings
 from irlign.worlds.arithmetic import ArithmeticWorld
 from irlign.worlds.dialogue import DialogueWorld
 from irlign.worlds.errands import ErrandsWorld
@@ -26,7 +27,7 @@ WORLDS: dict[str, type[World]] = {"dialogue": DialogueWorld, "arithmetic": Arith
 
 
 class Recipe(Settings):
-    """Everything that a run depends on. Give a model and a dataset, or a world that makes its own."""
+    """Everything that a run depends on. Give a model and a dataset, stored samples (pools), or a world that makes its own."""
 
     model_name_or_path: str | None = Field(None, description="pi_0: a folder or a Hub id of a causal language model")
     sft_model_name_or_path: str | None = Field(None, description="an SFT model you already have; SFT is then skipped")
@@ -37,6 +38,7 @@ class Recipe(Settings):
     world: DialogueWorld | ArithmeticWorld | ErrandsWorld | None = Field(
         None, discriminator="name", description="a seeded world with a known true reward; a model or dataset switches it off"
     )
+    pools: PoolSettings | None = Field(None, description="stored samples in the place of policies: nothing then needs a policy's weights")
     output_dir: str = Field("runs/run", description="the run directory")
     seed: int = Field(0, ge=0, description="the one seed of the run")
     seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
@@ -66,6 +68,8 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _model_or_world(self) -> "Recipe":
+        if self.pools:
+            return self._without_weights()
         if self.model_name_or_path or self.dataset_name:
             self.world = None
         if self.world is None and not (self.model_name_or_path and self.dataset_name):
@@ -77,6 +81,33 @@ class Recipe(Settings):
             raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and sft_model_name_or_path leaves SFT out")
         if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
+        return self
+
+    def _without_weights(self) -> "Recipe":
+        """With `pools`: what needs a policy's weights is off by default, and an error where it was asked for."""
+        self.world = None
+        needless = ("model_name_or_path", "sft_model_name_or_path", "eval_dataset_name", "prompt_dataset_name")
+        if given := [key for key in needless if getattr(self, key)]:
+            raise ValueError(f"pools holds the samples of both policies and their prompts, so leave out {', '.join(given)}")
+        off = (("reward", "log_ratio", False), ("best_of_n", "likelihood", 0.0), ("optimise", "method", "none"))
+        for section, key, value in off:
+            settings = getattr(self, section)
+            if key in settings.model_fields_set and getattr(settings, key) != value:
+                word = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
+                raise ValueError(
+                    f"{section}.{key} needs a policy's weights, and pools gives samples only: {section}.{key}={word}, or leave it out"
+                )
+            setattr(self, section, settings.model_copy(update={key: value}))
+        if self.reward.backbone in ("sft", "init"):
+            raise ValueError(
+                "pools needs reward.backbone: words, or the folder or Hub id of an encoder (or any language model) that reads the answers"
+            )
+        if self.sft.keep_checkpoints:
+            raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and with pools there is no SFT")
+        if not self.dataset_name and (shown := [c for c in self.reward.weights if c.endswith("-demo")]):
+            raise ValueError(f"reward.contrast={shown[0]} needs dataset_name, demonstrations for prompts of the pools")
+        if "preference" in self.reward.weights and not self.preference_dataset_name:
+            raise ValueError("reward.contrast=preference needs preference_dataset_name, a file of chosen and rejected answers")
         return self
 
     @property
@@ -103,7 +134,7 @@ def stored_recipe(overrides: Sequence[str]) -> Path | None:
         return None
     if (folder / RECIPE).is_file():
         return folder / RECIPE
-    if not any(key.split(".")[0] in ("model_name_or_path", "dataset_name", "world") for key in given):
+    if not any(key.split(".")[0] in ("model_name_or_path", "dataset_name", "world", "pools") for key in given):
         do = "give the output_dir of a run, or say what to run: --config RECIPE, or model_name_or_path and dataset_name"
         raise RunError(
             f"this is no run directory: it has no {RECIPE}" if folder.exists() else "no run directory is there", where=folder, do=do

@@ -8,8 +8,18 @@ from irlign.files import read_json, read_table, replacing
 from irlign.plots import curve_svg, length_svg
 from irlign.runs import RECIPE, Run
 
-SOURCES = {"initial": "Initial policy", "sft": "SFT", "aligned": "Aligned", "demonstrations": "Demonstration", "best_of_n": "Best-of-n"}
-COLUMNS = {"initial": "initial", "sft": "SFT", "aligned": "aligned", "demonstrations": "demonstrations"}
+SOURCES = {
+    "initial": "Initial policy",
+    "sft": "SFT",
+    "candidates": "First candidate",
+    "aligned": "Aligned",
+    "demonstrations": "Demonstration",
+    "best_of_n": "Best-of-n",
+}
+COLUMNS = {"initial": "initial", "sft": "SFT", "candidates": "candidates", "aligned": "aligned", "demonstrations": "demonstrations"}
+
+
+BASES = {"sft": "SFT", "candidates": "the pool"}  # what n = 1 stands for
 
 
 def write_report(root: Path, target: Path) -> None:
@@ -20,9 +30,10 @@ def write_report(root: Path, target: Path) -> None:
     candidates = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "test"]
     golden, heldout, info = results["golden"], results["heldout"], results["run"]
     last, choice = results["curve"]["n"][-1], results["choice"]
-    chosen, tuned = choice["n"], _tuned(results)
+    chosen, tuned, base = choice["n"], _tuned(results), results.get("base", "sft")
     measure = golden or heldout["rewards"]
-    tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 or tuned else "SFT, kept", measure["sft"])]
+    tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 or tuned or base != "sft" else "SFT, kept", measure["sft"])]
+    tiles += [("A candidate at random", measure["candidates"])] if base == "candidates" else []
     tiles += [("Aligned, one answer", measure["aligned"])] if tuned else []
     tiles += [(f"Best-of-{chosen}", measure["best_of_n"][str(chosen)])] if chosen > 1 else []
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
@@ -47,20 +58,23 @@ def write_report(root: Path, target: Path) -> None:
         "curve_caption": _curve_caption(golden, len(rows)) + _selects(choice),
         "gao": _gao(results["curve"]["gao"], last),
         "length_svg": safe(length_svg(candidates, info["selector"])),
-        "length_caption": _length_caption(heldout, candidates),
+        "length_caption": _length_caption(heldout, len(candidates), "SFT answers" if base == "sft" else "candidates"),
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
+        "pairwise": _pairwise(results),
         "sources": _source_rows(heldout, chosen),
         "columns": {
-            **{key: name for key, name in COLUMNS.items() if tuned or key != "aligned"},
+            **{key: name for key, name in COLUMNS.items() if (tuned or key != "aligned") and (base == "candidates" or key != "candidates")},
             **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {}),
         },
         "checks": _checks(heldout, info),
         "alarms": results["alarms"],
         "outliers": results["heldout"].get("outlier_picks") is not None,
-        "samples": _samples(rows, golden is not None, chosen, tuned),
-        "samples_words": _samples_words(golden, len(rows)),
+        "nll": heldout["demonstration_nll"] is not None,
+        "base": BASES[base],
+        "samples": _samples(rows, golden is not None, chosen, tuned, base),
+        "samples_words": _samples_words(golden, len(rows), BASES[base]),
         "facts": _facts(run, info),
         "recipe": run.path(RECIPE).read_text(encoding="utf-8"),
     }
@@ -93,7 +107,7 @@ def _optimised(choice: Mapping[str, Any] | None) -> str:
 
 
 def _verdict(results: Mapping[str, Any], n: int) -> str:
-    test = find_test(results, f"best_of_{n}", "sft")
+    test = find_test(results, f"best_of_{n}", results.get("base", "sft"))
     return "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
 
 
@@ -135,6 +149,18 @@ def _choice(choice: Mapping[str, Any]) -> str:
     )
 
 
+def _pairwise(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The judge's table: what it was asked, and a row a pair."""
+    asked = results.get("pairwise")
+    if not asked:
+        return None
+    usage, names = asked["usage"], {**COLUMNS, "best_of_n": f"Best-of-{results['choice']['n']}"}
+    cost = "" if usage["cost"] is None else f", cost {usage['cost']:,.4g}"
+    words = f"{asked['model']}, asked which answer is more {asked['criterion']}, one answer of each source, in both orders: {usage['verdicts']:,} verdicts, "
+    words += f"{usage['prompt_tokens']:,} tokens in, {usage['completion_tokens']:,} out{cost}. A tie counts half; at equal length: logistic regression on the difference."
+    return {"words": words, "pairs": [{**pair, "a": names[pair["a"]], "b": names[pair["b"]]} for pair in asked["pairs"]]}
+
+
 def _gao(fit: Mapping[str, Any] | None, last: int) -> str:
     if fit is None:
         return ""
@@ -145,14 +171,14 @@ def _gao(fit: Mapping[str, Any] | None, last: int) -> str:
     )
 
 
-def _length_caption(heldout: Mapping[str, Any], candidates: Sequence[Any]) -> str:
+def _length_caption(heldout: Mapping[str, Any], count: int, what: str) -> str:
     e = heldout["length_correlation"]
     said = (
         f"rank correlation within a prompt {e['mean']:+.2f} [{e['ci95'][0]:.2f}, {e['ci95'][1]:.2f}], {e['prompts']} prompts"
         if e
         else "no variation"
     )
-    return f"Reward against length of {len(candidates):,} SFT answers, each minus its prompt's mean: {said}."
+    return f"Reward against length of {count:,} {what}, each minus its prompt's mean: {said}."
 
 
 def _source_rows(heldout: Mapping[str, Any], chosen: int) -> list[dict[str, Any]]:
@@ -192,9 +218,9 @@ def _checks(heldout: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int, tuned: bool) -> list[dict[str, Any]]:
+def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int, tuned: bool, base: str) -> list[dict[str, Any]]:
     """Two prompts each from the top, the middle and the bottom of what Best-of-n gained there."""
-    scored = [(_gain(row, golden), row) for row in rows]
+    scored = [(_gain(row, golden, base), row) for row in rows]
     order = sorted(scored, key=lambda item: -item[0])
     middle = len(order) // 2
     groups = {"best": order[:2], "typical": order[middle : middle + 2], "worst": order[-2:]}
@@ -204,21 +230,21 @@ def _samples(rows: Sequence[Mapping[str, Any]], golden: bool, chosen: int, tuned
             if row["prompt_id"] in seen:
                 continue
             seen.add(row["prompt_id"])
-            what = "golden value of the pick minus SFT's mean" if golden else "reward of the pick minus SFT's mean"
-            answers = _answers(row, golden, chosen, tuned)
+            what = f"{'golden value' if golden else 'reward'} of the pick minus {BASES[base]}'s mean"
+            answers = _answers(row, golden, chosen, tuned, base)
             found.append({"kind": kind, "why": f"{what}: {gain:+.2f}", "prompt": row["prompt"], "answers": answers})
     return found
 
 
-def _gain(row: Mapping[str, Any], golden: bool) -> float:
+def _gain(row: Mapping[str, Any], golden: bool, base: str) -> float:
     measure = "golden" if golden else "reward"
-    return row[f"answer_{measure}/best_of_n"] - row[f"{measure}/sft"]
+    return row[f"answer_{measure}/best_of_n"] - row[f"{measure}/{base}"]
 
 
-def _answers(row: Mapping[str, Any], golden: bool, chosen: int, tuned: bool) -> list[dict[str, Any]]:
+def _answers(row: Mapping[str, Any], golden: bool, chosen: int, tuned: bool, base: str) -> list[dict[str, Any]]:
     """The answers beside each other; with n = 1 the pick is SFT's first sample, and an aligned policy that is SFT has its
     samples: they stand there once."""
-    found, pick = [], "best_of_n" if chosen > 1 else "sft"
+    found, pick = [], "best_of_n" if chosen > 1 else base
     for source, name in SOURCES.items():
         text = row.get(f"answer/{source}")
         if text is None or (source == "best_of_n" and source != pick) or (source == "aligned" and not tuned):
@@ -228,10 +254,10 @@ def _answers(row: Mapping[str, Any], golden: bool, chosen: int, tuned: bool) -> 
     return found
 
 
-def _samples_words(golden: Mapping[str, Any] | None, prompts: int) -> str:
+def _samples_words(golden: Mapping[str, Any] | None, prompts: int, base: str) -> str:
     by = "golden value" if golden else "reward"
     return (
-        f"Of {prompts} test prompts: the two where the pick gained most over SFT's mean by {by}, two in the middle, the two where it "
+        f"Of {prompts} test prompts: the two where the pick gained most over {base}'s mean by {by}, two in the middle, the two where it "
         "gained least. All others: their first sample."
     )
 

@@ -1,12 +1,14 @@
 """Rewards over stored answers: the agreement by hand, no prompt judged by a head that saw it, and what a wrong file says."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from irlign.arena.stored import WIDTH, agreement, compare, cross_fitted, picked, read_stored, word_features
+from irlign.arena.stored import agreement, compare, cross_fitted, picked, ranking, read_stored, write_pools
 from irlign.errors import ConfigError, DataError
+from irlign.reward.features import WIDTH, word_features
 
 
 def write(path, prompts=60):
@@ -53,9 +55,42 @@ def test_agreement_by_hand(tmp_path):
     stored = read_stored(path)
     everyone, scores = np.ones(6, dtype=bool), np.array([0, 1, 0, 3, 2, 2.5])
     # p: (a, b) right, (a, c) tied, (b, c) left out; q: (a, b), (a, c) right, (b, c) wrong
-    assert agreement(stored, scores, everyone, matched=False)["mean"] == pytest.approx((0.75 + 2 / 3) / 2)
-    assert agreement(stored, scores, everyone, matched=True)["mean"] == 1.0  # only a and b of p are of like length
+    assert agreement(stored, scores, everyone, matched=False) == pytest.approx([0.75, 2 / 3])
+    assert agreement(stored, scores, everyone, matched=True).tolist() == [1.0]  # only a and b of p are of like length
     assert picked(stored, scores, everyone)["mean"] == pytest.approx((2 + 3) / 2)
+
+
+def test_the_ranking_by_hand(tmp_path):
+    """Mean judge's scores a 2, b 2.5, c 1.5 with a hole (q of b); the reward's means over the same answers 1, 3, 2: ranks 2 3 1 against 1 3 2."""
+    path = tmp_path / "b.jsonl"
+    lines = [
+        {"prompt": "p", "outputs": {"a": "x", "b": "y", "c": "z"}, "judge_score": {"a": 1, "b": 2.5, "c": 2}},
+        {"prompt": "q", "outputs": {"a": "x", "b": "y", "c": "z"}, "judge_score": {"a": 3, "b": None, "c": 1}},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    stored = read_stored(path)
+    scores = np.array([1, 3, 2, 1, 99, 2])
+    found = ranking(stored, scores, ~np.isnan(stored.golden))
+    assert found["mean"] == pytest.approx(1 - 6 * (1 + 0 + 1) / (3 * 8)) and found["prompts"] == 2
+
+
+def test_the_margin_over_length_is_paired(tmp_path):
+    """Answers of one length: words order every pair rightly, length ties them all, so the margin is a half at every prompt."""
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        for i in range(40):
+            outputs = {"base": "go away", "tuned": "so kind", "kind": "be kind", "curt": "be away"}
+            file.write(json.dumps({"prompt": f"ask {i}", "outputs": outputs, "judge_score": {"kind": 9, "curt": 2}}) + "\n")
+    found = compare(read_stored(path), "tuned", "base", [])["words"]
+    assert found["above"]["control: length"]["mean_difference"] == 0.5 and found["above"]["control: length"]["ci95"] == [0.5, 0.5]
+    assert found["ranking"]["mean"] == pytest.approx(1.0) and found["ranking"]["prompts"] == 40
+
+
+def test_the_files_of_the_black_box(tmp_path):
+    names = write_pools(read_stored(write(tmp_path / "a.jsonl", 3)), "tuned", "base", tmp_path / "pools")
+    rows = [[json.loads(line) for line in Path(name).read_text().splitlines()] for name in names]
+    assert [len(of) for of in rows] == [3, 3, 5] and {row["model"] for row in rows[2]} == {"kind", "curt"}
+    assert rows[0][0] == {"prompt": "ask 0", "completion": "no idea about 0, go away", "model": "base", "id": "0 nan"}
 
 
 def test_words_are_counted_once_and_length_is_taken_out():

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import make_tiny_policy, make_tiny_tokenizer
+from tiny import make_tiny_encoder, make_tiny_policy
 
 from irlign.errors import ModelError
 from irlign.records import Contrast, Prompt
@@ -34,24 +34,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A random two-layer BERT with segment ids and a tokenizer that frames pairs, saved as `AutoModel` would."""
-    from tokenizers import processors
-    from transformers import BertConfig, BertModel
-
-    tokenizer = make_tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    tokenizer.model_max_length = 24
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
-    folder = tmp_path_factory.mktemp("encoder")
-    BertModel(BertConfig(vocab_size=len(tokenizer), pad_token_id=3, initializer_range=0.3, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_input_names": names}))
-    return folder
+    return make_tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def train(backbone, folder, features=None, pairs=PAIRS[::2], **settings):

@@ -6,10 +6,8 @@ Heads on frozen features are cross-fitted over prompts: a prompt's answers are s
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 from zlib import crc32
@@ -18,12 +16,15 @@ import numpy as np
 import typer
 
 from irlign.errors import ConfigError, DataError, IrlignError
+from irlign.optimise.best_of_n import write_rows
 from irlign.records import prompt_identity
 from irlign.reward.controls import controls
-from irlign.reward.features import Features, LogisticHead
-from irlign.statistics import estimate
+from irlign.reward.features import Features, LogisticHead, word_features
+from irlign.statistics import estimate, paired_test, spearman
 
-FOLDS, RIDGE, WIDTH, MATCHED = 5, 1e-4, 8192, 0.1  # MATCHED: lengths within 10 % of each other
+FOLDS, RIDGE, MATCHED = 5, 1e-4, 0.2  # MATCHED: lengths that differ by less than 20 %
+RESAMPLES = 2000  # of the prompts, for the interval of the models' ranking
+LENGTH, CHANCE = "control: length", "control: random"
 FEWEST = 20  # answers of either model
 
 
@@ -61,17 +62,6 @@ def read_stored(path: Path) -> Stored:
     return Stored(prompts, texts, np.array(models), folds, np.array(golden), references)
 
 
-def word_features(texts: Sequence[str]) -> np.ndarray:
-    """Hashed words and word pairs, `log(1 + count)`, each answer at length 1 so that longer is not larger. Shape [len(texts), WIDTH]."""
-    x_B_F = np.zeros((len(texts), WIDTH), dtype=np.float32)
-    for row, text in enumerate(texts):
-        words = re.findall(r"\w+|[^\w\s]", text.lower())
-        for term in [*words, *map(" ".join, pairwise(words))]:
-            x_B_F[row, crc32(term.encode()) % WIDTH] += 1
-    x_B_F = np.log1p(x_B_F)
-    return x_B_F / np.maximum(np.linalg.norm(x_B_F, axis=1, keepdims=True), 1e-9)
-
-
 def cross_fitted(stored: Stored, features: np.ndarray, better: str, worse: str) -> np.ndarray:
     """The logit of every answer by a head that tells `better`'s answers from `worse`'s, fitted on the other folds. Shape [rows]."""
     scores = np.zeros(len(features))
@@ -83,9 +73,10 @@ def cross_fitted(stored: Stored, features: np.ndarray, better: str, worse: str) 
     return scores
 
 
-def agreement(stored: Stored, scores: np.ndarray, unseen: np.ndarray, matched: bool) -> dict[str, Any] | None:
-    """How often the reward orders two unseen models' answers to one prompt as the judge does (a tie counts half), over prompts; pairs
-    that the judge holds equal are left out, and with `matched` those whose lengths differ by more than MATCHED; None without pairs."""
+def agreement(stored: Stored, scores: np.ndarray, unseen: np.ndarray, matched: bool) -> np.ndarray:
+    """How often the reward orders two unseen models' answers to one prompt as the judge does (a tie counts half), of each prompt with such a
+    pair. Pairs that the judge holds equal are left out, and with `matched` those whose lengths differ by MATCHED or more. Shape [P]; the
+    prompts are the same for every reward."""
     found = []
     lengths = np.array([max(1, len(text)) for text in stored.texts])
     for rows in _by_prompt(stored, unseen):
@@ -93,12 +84,31 @@ def agreement(stored: Stored, scores: np.ndarray, unseen: np.ndarray, matched: b
         first, second = rows[a], rows[b]
         keep = stored.golden[first] != stored.golden[second]
         if matched:
-            keep &= np.abs(np.log(lengths[first] / lengths[second])) <= np.log1p(MATCHED)
+            keep &= np.abs(np.log(lengths[first] / lengths[second])) < np.log1p(MATCHED)
         order = np.sign(stored.golden[first] - stored.golden[second])[keep]
         told = np.sign(scores[first] - scores[second])[keep]
         if len(order):
             found.append(float(np.mean(np.where(told == 0, 0.5, told == order))))
-    return estimate(found).to_json() if found else None
+    return np.array(found)
+
+
+def ranking(stored: Stored, scores: np.ndarray, unseen: np.ndarray) -> dict[str, Any]:
+    """Spearman between the unseen models' mean reward and their mean judge's score over the same answers; the interval draws prompts,
+    for these very models."""
+    models, column = np.unique(stored.models[unseen], return_inverse=True)
+    _, row = np.unique(np.array(stored.prompts, dtype=object)[unseen], return_inverse=True)
+    shape = (row.max() + 1, len(models))
+    sums = []
+    for values in (np.ones(int(unseen.sum())), scores[unseen], stored.golden[unseen]):
+        table_P_M = np.zeros(shape)
+        np.add.at(table_P_M, (row, column), values)
+        sums.append(table_P_M)
+    rng = np.random.default_rng(0)
+    weights_R_P = np.concatenate([np.ones((1, shape[0])), rng.multinomial(shape[0], np.full(shape[0], 1 / shape[0]), size=RESAMPLES)])
+    count_R_M, mine_R_M, golden_R_M = (weights_R_P @ table for table in sums)
+    found = [spearman(a / n, g / n) or 0.0 for n, a, g in zip(count_R_M, mine_R_M, golden_R_M, strict=True) if n.all()]
+    low, high = np.percentile(found[1:], [2.5, 97.5])
+    return {"mean": found[0], "ci95": [float(low), float(high)], "prompts": int(shape[0])}
 
 
 def picked(stored: Stored, scores: np.ndarray, unseen: np.ndarray) -> dict[str, Any]:
@@ -112,7 +122,7 @@ def _by_prompt(stored: Stored, unseen: np.ndarray) -> list[np.ndarray]:
 
 
 def compare(stored: Stored, better: str, worse: str, encoders: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`all`, `matched` and `picked` of every reward. Raises ConfigError where a model is unknown, answers too little, or none is left."""
+    """`all`, `matched`, `ranking` and `picked` of every reward, and what it is `above` length and chance on the matched pairs. Raises ConfigError where a model is unknown, answers too little, or none is left."""
     for model in (better, worse):
         if (stored.models == model).sum() < FEWEST:
             known = ", ".join(sorted(set(stored.models)))
@@ -126,14 +136,47 @@ def compare(stored: Stored, better: str, worse: str, encoders: Sequence[str]) ->
         rewards[Path(encoder).name] = cross_fitted(stored, features, better, worse)
     rewards |= {f"control: {name}": of for name, of in controls(stored.prompts, stored.texts, stored.references).items()}
     rewards["the judge itself"] = np.nan_to_num(stored.golden)
+    matched = {name: agreement(stored, of, unseen, matched=True) for name, of in rewards.items()}
     return {
         name: {
-            "all": agreement(stored, of, unseen, matched=False),
-            "matched": agreement(stored, of, unseen, matched=True),
+            "all": _mean(agreement(stored, of, unseen, matched=False)),
+            "matched": _mean(matched[name]),
+            "ranking": ranking(stored, of, unseen),
             "picked": picked(stored, of, unseen),
+            "above": {
+                control: paired_test(name, control, matched[name], matched[control]).to_json()
+                for control in (LENGTH, CHANCE)
+                if len(matched[name]) and not name.startswith(("control", "the judge"))
+            },
         }
         for name, of in rewards.items()
     }
+
+
+def _mean(values_P: np.ndarray) -> dict[str, Any] | None:
+    return estimate(values_P).to_json() if len(values_P) else None
+
+
+def write_pools(stored: Stored, better: str, worse: str, folder: Path) -> list[str]:
+    """The files of recipes/black_box.yaml: the base model's answers, the better one's, and the judged models' as candidates, whose `id` is the
+    row's number and the judge's score. Returns their names."""
+    judged = ~np.isin(stored.models, (better, worse)) & ~np.isnan(stored.golden)
+    sides = {"initial": stored.models == worse, "sft": stored.models == better, "candidates": judged}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sides.items():
+        write_rows(
+            folder / f"{name}.jsonl",
+            [
+                {
+                    "prompt": stored.prompts[i],
+                    "completion": stored.texts[i],
+                    "model": str(stored.models[i]),
+                    "id": f"{i} {stored.golden[i]:g}",
+                }
+                for i in map(int, np.flatnonzero(rows))
+            ],
+        )
+    return [str(folder / f"{name}.jsonl") for name in sides]
 
 
 def _words(e: Mapping[str, Any] | None, digits: int) -> str:
@@ -145,20 +188,33 @@ def main(
     better: Annotated[str, typer.Option(help="the model whose answers are the better side")],
     worse: Annotated[str, typer.Option(help="the base model, the worse side")],
     encoder: Annotated[list[str] | None, typer.Option(help="a checkpoint whose frozen features carry a head; may be repeated")] = None,
+    pools: Annotated[Path | None, typer.Option(help="write the files of recipes/black_box.yaml into this folder, and no table")] = None,
 ) -> None:
-    """Print one table: agreement with the judge on models that the rewards never saw, and what the judge says of their picks."""
+    """Print the tables: agreement with the judge on models that the rewards never saw, their ranking, and what the judge says of the picks."""
     try:
-        found = compare(read_stored(file), better, worse, encoder or [])
+        stored = read_stored(file)
+        if pools is not None:
+            return typer.echo("\n".join(write_pools(stored, better, worse, pools)))
+        found = compare(stored, better, worse, encoder or [])
     except IrlignError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
     except OSError as error:
         typer.echo(f"{file}: {error.strerror}", err=True)
         raise typer.Exit(1) from error
-    typer.echo("| reward | agreement, all pairs | agreement, pairs of like length | judge's score of the pick |\n|---|---|---|---|")
+    typer.echo("| reward | agreement, all pairs | agreement, pairs of like length | ranking of the models | judge's score of the pick |")
+    typer.echo("|---|---|---|---|---|")
     for name, row in found.items():
-        cells = [_words(e, digits) for e, digits in zip(row.values(), (3, 3, 2), strict=True)]
+        cells = [_words(row[key], digits) for key, digits in (("all", 3), ("matched", 3), ("ranking", 2), ("picked", 2))]
         typer.echo(f"| {name} | {' | '.join(cells)} |")
+    typer.echo("\n| pairs of like length | minus length | p | minus random | p |\n|---|---|---|---|---|")
+    for name, row in found.items():
+        if row["above"]:
+            typer.echo(f"| {name} | {' | '.join(map(_signed, row['above'].values()))} |")
+
+
+def _signed(test: Mapping[str, Any]) -> str:
+    return f"{test['mean_difference']:+.3f} [{test['ci95'][0]:+.3f}, {test['ci95'][1]:+.3f}] | {test['p']:.4f}"
 
 
 if __name__ == "__main__":

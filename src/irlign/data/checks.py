@@ -151,6 +151,8 @@ def read_notes(notes: Mapping[str, Any]) -> list[str]:
         "overlong_dropped": "too long, dropped",
         "overlong_truncated": "too long, cut after a sentence",
         "prompts_too_long": "with a prompt too long to answer, dropped",
+        "one_sided": "for a prompt that no pool, or only the other, answers: left out",
+        "of_train_prompts": "for prompts that the reward is trained on: left out",
         "special_tokens": "with special tokens of the tokenizer in them, read as plain text",
     }
     found = []

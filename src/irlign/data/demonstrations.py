@@ -78,7 +78,7 @@ def load_demonstrations(name: str, settings: DataSettings, *, answers: bool = Tr
     lost: Counter[str] = Counter()
     empty, first_empty = 0, ""
     for place, row in rows:
-        for content, completion, column in _examples(row, settings, place, answers, lost):
+        for content, completion, column in examples_of(row, settings, place, answers, lost):
             if answers and not completion.strip():
                 empty, first_empty = empty + 1, first_empty or place
                 continue
@@ -142,7 +142,7 @@ def _whole(value: Any, place: str, lost: Counter[str]) -> tuple[PromptContent, s
     return _answered(conversation, "last", place, lost)[0]
 
 
-def _examples(
+def examples_of(
     row: Mapping[str, Any], settings: DataSettings, place: str, answers: bool, lost: Counter[str]
 ) -> Iterable[tuple[PromptContent, str, str]]:
     """(prompt, answer, column of the answer) of one row; several with loss_on=all. `lost` counts what nothing is made of."""

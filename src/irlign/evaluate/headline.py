@@ -9,6 +9,12 @@ def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | No
     return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
 
 
+def base_of(results: Mapping[str, Any]) -> tuple[str, str]:
+    """What n = 1 is, as tests name it and in words: pi_SFT, or a candidate from elsewhere."""
+    base = results.get("base", "sft")
+    return base, {"sft": "SFT", "candidates": "a candidate drawn at random"}[base]
+
+
 def verdict(test: Mapping[str, Any]) -> str:
     """ "better", "worse" or "unclear": on which side of 0 the 95 % interval lies."""
     low, high = test["ci95"]
@@ -18,11 +24,15 @@ def verdict(test: Mapping[str, Any]) -> str:
 def headline(results: Mapping[str, Any]) -> list[str]:
     """The answer in a few sentences, as the numbers say it: the aligned policy first, then the chosen n, then what the whole pool would
     have given."""
+    return [*_measured(results), *_judged(results)]
+
+
+def _measured(results: Mapping[str, Any]) -> list[str]:
     aligned = _aligned(results)
     last, golden, choice = results["curve"]["n"][-1], results["golden"], results["choice"]
     n = choice["n"] if choice else last
     how = ", n chosen without labels," if choice and choice["label_free"] == n and choice.get("given") is None else ""
-    kept = _kept(choice) if choice and n == 1 else ""
+    kept = _kept(choice, base_of(results)[0]) if choice and n == 1 else ""
     if golden is None:
         return [*aligned, *([kept] if kept else []), *_without_golden(results, n, how)]
     if kept:
@@ -32,7 +42,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     best = results["curve"]["best_n"]
     top, end = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(last)]["mean"]
     if top - end > 1e-9:  # a flat curve has its top anywhere
-        fall = find_test(results, f"best_of_{last}", "sft" if best == 1 else f"best_of_{best}")
+        fall = find_test(results, f"best_of_{last}", base_of(results)[0] if best == 1 else f"best_of_{best}")
         assert fall is not None
         lines.append(
             f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {last} ({end:.2f}): "
@@ -63,16 +73,37 @@ def _aligned(results: Mapping[str, Any]) -> list[str]:
     return [f"{policy}, one answer and no reward at inference, {words} {amount}, {cost}."]
 
 
-def _kept(choice: Mapping[str, Any]) -> str:
+NAMES = {"aligned": "the aligned policy", "sft": "SFT", "initial": "the initial policy", "candidates": "a candidate from the pool"}
+
+
+def _judged(results: Mapping[str, Any]) -> list[str]:
+    """What a judge at an endpoint prefers, a sentence a pair; nothing where none was asked."""
+    asked = results.get("pairwise")
+    if not asked:
+        return []
+    lines = []
+    for pair in asked["pairs"]:
+        a, b = (NAMES.get(pair[side], f"Best-of-{results['choice']['n']}") for side in ("a", "b"))
+        win, equal = pair["win_rate"], pair["length_controlled"]
+        lines.append(
+            f"The judge {asked['model']} prefers {a} to {b} in {win['mean']:.0%} {_ci(win['ci95'], '.0%')} of {win['prompts']} test prompts, "
+            f"and {equal['mean']:.0%} {_ci(equal['ci95'], '.0%')} at equal length (more {asked['criterion']}; a tie counts half; "
+            f"both orders agree on {pair['agreement']['mean']:.0%})."
+        )
+    return lines
+
+
+def _kept(choice: Mapping[str, Any], base: str) -> str:
     """Why there is no selection: the judge saw no gain, or what else the choice says."""
+    what = {"sft": "SFT", "candidates": "the first candidate"}[base]
     if choice["label_free"] == 1:
-        return "The label-free judge shows no gain, so SFT is kept."
-    return f"SFT is kept: {choice['why'].removesuffix(', so SFT is kept')}."
+        return f"The label-free judge shows no gain, so {what} is kept."
+    return f"{what[0].upper()}{what[1:]} is kept: {choice['why'].removesuffix(f', so {what} is kept')}."
 
 
 def _forgone(results: Mapping[str, Any], n: int) -> str:
     """What Best-of-n would have done, seen with the golden reward only."""
-    test = find_test(results, f"best_of_{n}", "sft")
+    test = find_test(results, f"best_of_{n}", base_of(results)[0])
     assert test is not None
     words = {"better": "would have gained", "worse": "would have lost", "unclear": "would not have been shown to gain:"}[verdict(test)]
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])}"
@@ -80,25 +111,28 @@ def _forgone(results: Mapping[str, Any], n: int) -> str:
 
 
 def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
-    test = find_test(results, f"best_of_{n}", "sft")
+    base, one = base_of(results)
+    test = find_test(results, f"best_of_{n}", base)
     assert test is not None
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
     return {
-        "better": f"Best-of-{n}{how} beats SFT by {amount}.",
-        "worse": f"Best-of-{n}{how} is worse than SFT: {amount}. Use the SFT policy, or a smaller n.",
-        "unclear": f"Best-of-{n}{how} is not shown to beat SFT: {amount}.",
+        "better": f"Best-of-{n}{how} beats {one} by {amount}.",
+        "worse": f"Best-of-{n}{how} is worse than {one}: {amount}. Use {'the SFT policy' if base == 'sft' else 'no selection'}, or a smaller n.",
+        "unclear": f"Best-of-{n}{how} is not shown to beat {one}: {amount}.",
     }[verdict(test)]
 
 
 def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
     auc, length, judged = (results["heldout"][key] for key in ("reward_auc", "length_auc", "judge"))
     what = f"Best-of-{n}{how} beats" if n > 1 else f"Best-of-{results['curve']['n'][-1]} would beat"
-    lines = [f"There is no golden reward, so whether {what} SFT is not shown here."]
+    lines = (
+        [f"There is no golden reward, so whether {what} {base_of(results)[1]} is not shown here."] if results["curve"]["n"][-1] > 1 else []
+    )
     if judged and n > 1:
         gain = judged[str(n)]
         lines.append(
             f"A judge of held-out demonstrations puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
-            f"deviations from SFT's, on {gain['prompts']} test prompts."
+            f"deviations from {'SFT' if base_of(results)[0] == 'sft' else 'the candidates'}'s, on {gain['prompts']} test prompts."
         )
     lines.append(
         f"On unseen prompts the reward puts SFT answers above initial ones in {auc['mean']:.0%} {_ci(auc['ci95'], '.0%')} of the pairs; "

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from irlign import statistics
 from irlign.config import Settings
+from irlign.evaluate.judge import JudgeSettings
 from irlign.evaluate.overoptimisation import fit_gao
 from irlign.reward.controls import CONTROLS
 
@@ -19,6 +20,9 @@ class EvaluationSettings(Settings):
     golden_reward: str | None = Field(
         None,
         description="what answers are truly worth: module:function, a sequence-classification checkpoint, or null (a world has its own)",
+    )
+    judge: JudgeSettings | None = Field(
+        None, description="a model at an endpoint that compares test answers in pairs; null = none is asked"
     )
     resamples: int = Field(10_000, ge=100, description="bootstrap and permutation resamples")
 
@@ -58,8 +62,8 @@ class Evaluation:
     one in it (None: the same), `chosen` the n that was used (None: the whole pool).
 
     `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty, `aligned` is missing where no
-    policy was optimised. Best-of-n values
-    are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean of pi_SFT.
+    policy was optimised. Best-of-n values are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean
+    of pi_SFT. With `sft` the pool holds candidates from elsewhere, and pi_SFT's own samples stand beside it; `base` names what n = 1 is.
     """
 
     def __init__(
@@ -73,8 +77,11 @@ class Evaluation:
         chosen: int | None = None,
         learned: str | None = None,
         aligned: Group | None = None,
+        sft: Group | None = None,
     ):
-        self.groups = {"initial": initial, "sft": pool, **({"aligned": aligned} if aligned else {}), "demonstrations": demonstrations}
+        drawn = {"sft": pool} if sft is None else {"sft": sft, "candidates": pool}
+        self.base = list(drawn)[-1]
+        self.groups = {"initial": initial, **drawn, **({"aligned": aligned} if aligned else {}), "demonstrations": demonstrations}
         self.pool, self.selector, self.learned = pool, selector, learned or selector
         self.resamples, self.seed = settings.resamples, seed
         self.prompts = list(pool.by_prompt(pool.finished))
@@ -139,8 +146,8 @@ class Evaluation:
             "completion_length": self._with_best(lambda name: words[name]),
             "repetition": self._with_best(lambda name: repeated[name]),
             "distinct_2": self._distinct(),
-            "length_correlation": self._correlation(scores, words["sft"]),
-            "repetition_correlation": self._correlation(scores, repeated["sft"]),
+            "length_correlation": self._correlation(scores, words[self.base]),
+            "repetition_correlation": self._correlation(scores, repeated[self.base]),
             **{
                 f"{name}_correlation": self._correlation(scores, self.pool.rewards[name]) if name in self.pool.rewards else None
                 for name in ("style", "judge")
@@ -171,13 +178,13 @@ class Evaluation:
     def _with_best(self, values: Any, demonstrations: bool = True) -> dict[str, Any]:
         """A quantity of each source and, as `best_of_n`, of the pick among the chosen n."""
         found = self._sources(values) | ({} if demonstrations else {"demonstrations": None})
-        best = self.curve(self.pool.rewards[self.selector], np.asarray(values("sft"), dtype=float))[:, self.n.index(self.chosen)]
+        best = self.curve(self.pool.rewards[self.selector], np.asarray(values(self.base), dtype=float))[:, self.n.index(self.chosen)]
         return {**found, "best_of_n": self.estimate(best)}
 
     def _auc(self, reward: str) -> dict[str, Any] | None:
         """How often the reward puts an answer of pi_SFT above one of pi_0, over prompts that have both."""
-        better, worse = (g.by_prompt(g.rewards[reward]) for g in (self.pool, self.groups["initial"]))
-        return self.estimate([statistics.auc(better[p], worse[p]) for p in self.prompts if p in worse])
+        better, worse = (g.by_prompt(g.rewards[reward]) for g in (self.groups["sft"], self.groups["initial"]))
+        return self.estimate([statistics.auc(better[p], worse[p]) for p in better if p in worse])
 
     def _correlation(self, scores: np.ndarray, other: np.ndarray) -> dict[str, Any] | None:
         """Spearman within each prompt's pool, averaged over the prompts where both vary."""
@@ -239,25 +246,19 @@ class Evaluation:
         reward only pi_SFT against pi_0 is tested. `best_of_oracle_n` takes, for each half of the prompts, the n that is best on
         the other half; `best_of_<best n>` takes the top of the curve itself and is optimistic for it.
         """
-        values, initial_prompts = self.per_prompt(measure), set(self.groups["initial"].prompt_ids)
-        both = [i for i, p in enumerate(self.prompts) if p in initial_prompts]
-        order = list(self.groups["initial"].means(self.groups["initial"].finished))
-        initial = [values["initial"][order.index(self.prompts[i])] for i in both]
-        pairs = [("sft", "initial", np.array(values["sft"])[both], np.array(initial))]
+        pairs = [self._paired("sft", "initial", measure)]
         if measure == "golden":
             assert self.pool.golden is not None
             if (group := self.groups.get("aligned")) is not None and group.golden is not None:
-                means = group.means(group.golden)
-                aligned = np.array([means[p] for p in self.prompts])
-                pairs += [("aligned", "sft", aligned, np.array(values["sft"])), ("aligned", "initial", aligned[both], np.array(initial))]
+                pairs += [self._paired("aligned", "sft", measure), self._paired("aligned", "initial", measure)]
             curve = self.curve(self.pool.rewards[self.selector], self.pool.golden)
-            sft, best, last = curve[:, 0], int(curve.mean(0).argmax()), f"best_of_{self.largest}"
-            pairs += [(last, "sft", curve[:, -1], sft), ("best_of_oracle_n", "sft", statistics.oracle_n(curve, self.seed), sft)]
+            one, best, last, base = curve[:, 0], int(curve.mean(0).argmax()), f"best_of_{self.largest}", self.base
+            pairs += [(last, base, curve[:, -1], one), ("best_of_oracle_n", base, statistics.oracle_n(curve, self.seed), one)]
             if 1 < self.chosen < self.largest:
-                pairs.append((f"best_of_{self.chosen}", "sft", curve[:, self.n.index(self.chosen)], sft))
+                pairs.append((f"best_of_{self.chosen}", base, curve[:, self.n.index(self.chosen)], one))
             if 0 < best < len(self.n) - 1:
                 top = f"best_of_{self.n[best]}"
-                pairs += [(top, "sft", curve[:, best], sft)] if self.n[best] != self.chosen else []
+                pairs += [(top, base, curve[:, best], one)] if self.n[best] != self.chosen else []
                 pairs.append((last, top, curve[:, -1], curve[:, best]))
             for other in self.pool.rewards:
                 if other not in (self.selector, "judge", "style", *CONTROLS):
@@ -265,6 +266,16 @@ class Evaluation:
                     pairs.append((last, f"{last}/{other}", curve[:, -1], its))
         options: dict[str, Any] = {"resamples": self.resamples, "seed": self.seed}
         return [{**statistics.paired_test(a, b, x, y, **options).to_json(), "measure": measure} for a, b, x, y in pairs]
+
+    def _paired(self, a: str, b: str, measure: str) -> tuple[str, str, np.ndarray, np.ndarray]:
+        """Both names, and the mean of each source at the prompts that both have. Two arrays of shape [P]."""
+        found = []
+        for name in (a, b):
+            group = self.groups[name]
+            values = group.golden if measure == "golden" else group.rewards[measure]
+            assert values is not None
+            found.append(group.means(values))
+        return a, b, *(np.array([of[p] for p in found[0] if p in found[1]]) for of in found)  # type: ignore[return-value]
 
     def curve_info(self, golden: Mapping[str, Any] | None) -> dict[str, Any]:
         """n, the KL in nats (its bound, and estimated from the pools), and with a golden reward the n at the top of its curve and

@@ -8,6 +8,7 @@ import numpy as np
 from irlign.data.splits import stored_demonstrations
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.headline import headline
+from irlign.evaluate.judge import judge_pairs
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
 from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
@@ -17,6 +18,7 @@ from irlign.reward.controls import by_prompt, controls, length
 from irlign.reward.load import score_all
 from irlign.runs import Run
 
+JUDGED = "judged.jsonl"  # of the run: every verdict that was paid for
 ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 
@@ -28,9 +30,10 @@ def measure(
     settings: EvaluationSettings,
     summary: Mapping[str, Any],
     aligned: bool = False,
+    candidates: bool = False,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test, and where
-    there is an `aligned` policy its samples.
+    there is an `aligned` policy its samples. `candidates`: the candidates came from elsewhere, and pi_SFT's own samples stand beside them.
 
     `learned` names the reward that was trained; which one selects is in choice.json. Golden judges the text a user would get;
     rewards see it under the ending rule of their training.
@@ -60,17 +63,20 @@ def measure(
         true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
         return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
 
-    rows = _test_rows(run, "best_of_n/candidates.parquet")
+    candidate_rows = _test_rows(run, "best_of_n/candidates.parquet")
     stored: dict[str, Any] = {
-        key.removeprefix(SCORE): [row[key] for row in rows] for key in rows[0] if key.startswith(SCORE) or key in ("judge", "style")
+        key.removeprefix(SCORE): [row[key] for row in candidate_rows]
+        for key in candidate_rows[0]
+        if key.startswith(SCORE) or key in ("judge", "style")
     }
     stored = {name: values for name, values in stored.items() if values[0] is not None}
-    pool, initial = ([Sample.from_row(row) for row in of] for of in (rows, _test_rows(run, "pools/init.parquet")))
+    pool, initial = ([Sample.from_row(row) for row in of] for of in (candidate_rows, _test_rows(run, "pools/init.parquet")))
     answers = stored_demonstrations(run, "test")
     from_sft = drawn(pool, {**stored, **_controls(pool, answers)})
     measured = Evaluation(
         initial=drawn(initial),
         pool=from_sft,
+        sft=drawn([Sample.from_row(row) for row in _test_rows(run, "pools/sft.parquet")]) if candidates else None,
         aligned=_aligned(optimised, from_sft, lambda: drawn([Sample.from_row(row) for row in _test_rows(run, "pools/aligned.parquet")])),
         demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
         selector=selector,
@@ -94,11 +100,24 @@ def measure(
         "alarms": [*alarms(heldout, choice), *_kept_alarms(optimised)],
         "choice": choice,
         "optimise": optimised,
+        "base": measured.base,
         "tests": measured.tests("golden" if golden else selector),
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
-    return {"headline": headline(results), **results}, measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+    rows = measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+    results["pairwise"] = _pairwise(results, rows, settings, run) if settings.judge else None
+    return {"headline": headline(results), **results}, rows
+
+
+def _pairwise(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: EvaluationSettings, run: Run) -> dict[str, Any]:
+    """What a judge at an endpoint says of the aligned policy and of the selection against what they came from, and of pi_SFT against pi_0."""
+    assert settings.judge is not None
+    optimised, choice, base = results["optimise"], results["choice"], results["base"]
+    pairs = [("aligned", "sft")] if optimised and optimised["published"] != "sft" else []
+    pairs += [("best_of_n", base)] if choice["n"] > 1 else []
+    options: dict[str, Any] = {"resamples": settings.resamples, "seed": run.seed}
+    return judge_pairs(rows, [*pairs, ("sft", "initial")], settings.judge, run.path(JUDGED), **options)
 
 
 def _likelihood(pool: Sequence[Sample]) -> np.ndarray | None:

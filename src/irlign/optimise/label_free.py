@@ -22,7 +22,7 @@ from irlign.errors import ConfigError
 from irlign.optimise.best_of_n import scored_text
 from irlign.records import SCORE, Demonstration, Prompt, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.features import LogisticHead, policy_features
+from irlign.reward.features import LogisticHead, features_of
 from irlign.statistics import auc, best_of_n, powers_of_two
 
 FOLDS, RIDGE, ALPHA = 5, 1e-4, 0.05
@@ -144,7 +144,8 @@ class Verdicts(NamedTuple):
 def judge_pool(
     policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
 ) -> Verdicts:
-    """The judge of every sample in the pool, by features of `policy`; None with demonstrations of fewer than FEWEST prompts.
+    """The judge of every sample in the pool, by features of `policy` (any checkpoint where no policy has weights); None with
+    demonstrations of fewer than FEWEST prompts.
 
     `auc` says how well it tells unseen demonstrations from both worse sides (the mean of the two AUCs on the dev prompts). `style` is the logit
     of a head that tells demonstrations of other prompts from pi_0's samples, cross-fitted alike: how an answer is written, whatever was asked.
@@ -168,24 +169,33 @@ def sides_of(
         exchanged(demonstrations),
     ]
     rows = [row for group in groups for row in group]
-    features = policy_features(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
+    features = features_of(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
     ends = np.cumsum([len(group) for group in groups])[:-1]
     return [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
 
 
 def choice_of(
-    rows: Sequence[Mapping[str, Any]], rewards: Sequence[str], given: int | None, *, demonstrations: int, judge_auc: float | None
+    rows: Sequence[Mapping[str, Any]],
+    rewards: Sequence[str],
+    given: int | None,
+    *,
+    demonstrations: int,
+    judge_auc: float | None,
+    kept: str = "SFT",
+    no_judge: str = "",
 ) -> dict[str, Any]:
     """choice.json, from the candidates: the `reward` and the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n
     that the judge would take, or null), the judge's `curves` on dev (`{reward: {n: {"mean", "low"}}}`, gains over n = 1 in standard
-    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects.
+    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects. `kept` is what n = 1 stands for,
+    `no_judge` why there is no judge where that is not for want of demonstrations.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
     about: dict[str, Any] = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
     if not dev:
-        why = f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed), so SFT is kept"
+        why = no_judge or f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed)"
         about |= {"reward": rewards[0], "label_free": None, "curves": None, "prompts": 0}
-        return {**about, "n": given or 1, "why": "given by best_of_n.n" if given else why}
+        shown = "given by best_of_n.n; no judge says whether it is better"
+        return {**about, "n": given or 1, "why": shown if given else f"{why}, so {kept} is kept"}
     judged, finished = np.array([row["judge"] for row in dev]), np.array([row["finish_reason"] != "length" for row in dev])
     gains = {}
     for reward in rewards:
@@ -199,7 +209,7 @@ def choice_of(
     why = (
         "the highest judged gain among those that are shown to be better than SFT"
         if chosen > 1
-        else "no larger n is shown to be better, at 5% for all that was looked at, so SFT is kept"
+        else f"no larger n is shown to be better, at 5% for all that was looked at, so {kept} is kept"
     )
     why = f"given by best_of_n.n; the judge would take {chosen}" if given else why
     return {

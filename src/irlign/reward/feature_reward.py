@@ -9,7 +9,7 @@ import numpy as np
 from irlign.errors import ModelError
 from irlign.records import Contrast, PromptContent
 from irlign.reward.ensemble import combine
-from irlign.reward.features import Features, LogisticHead
+from irlign.reward.features import WORDS, Features, LogisticHead
 from irlign.reward.objectives import LOSSES
 from irlign.reward.train import RewardSettings, accuracy_and_margin, fold_of_pairs
 
@@ -165,8 +165,10 @@ def train_features(
         heads.append(fit((better, worse, weight), stop_on, settings, seed + 1009 * k))
     reward = FeatureReward(features, heads, settings.aggregate, settings.variance_penalty, settings.name)
     reward.save(folder)
-    features.save(folder / STORE, *_answers([*pairs, *dev]))
-    place = encoder or (str(Path(backbone).resolve()) if Path(backbone).is_dir() else str(backbone))
+    if str(backbone) != WORDS:  # those are computed faster than they are read
+        features.save(folder / STORE, *_answers([*pairs, *dev]))
+    local = str(backbone) != WORDS and Path(backbone).is_dir()
+    place = encoder or (str(Path(backbone).resolve()) if local else str(backbone))
     return {
         "kind": "features",
         "head": settings.head,

@@ -1,14 +1,18 @@
-"""Frozen features of a policy or of any encoder, each computed once, and a logistic head on them: a few dozen answers train it."""
+"""Frozen features of a policy, of any encoder or of the words alone, and a logistic head on them: a few dozen answers train it."""
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 from irlign.data.chat import Format, check_pairs, context_length, length_sorted_batches, pad
+from irlign.data.pairs import plain_text
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
 from irlign.policy.load import Policy, device, load_config, load_policy, load_tokenizer
@@ -16,6 +20,7 @@ from irlign.progress import Progress
 from irlign.records import PromptContent, prompt_identity
 
 CPU_TOKENS, GPU_TOKENS = 4096, 32768  # padded tokens a batch
+WORDS, WIDTH = "words", 8192  # the backbone that is none: hashed words, and into how many columns
 
 
 def policy_features(
@@ -63,7 +68,7 @@ def encoder_features(
     import torch
 
     tokenizer, model = (loader or load_encoder)(str(encoder))
-    texts = [p if isinstance(p, str) else "\n\n".join(m["content"] for m in p) for p in prompts]
+    texts = [plain_text(p) for p in prompts]
     limit = min(tokenizer.model_max_length, context_length(model.config))
     rows = tokenizer(texts, list(completions), truncation="longest_first", max_length=limit)
     fills = {key: tokenizer.pad_token_id or 0 if key == "input_ids" else 0 for key in rows if key != "attention_mask"}
@@ -102,11 +107,47 @@ def is_policy(path: Path | str) -> bool:
     return Path(path, "adapter_config.json").is_file() or any("CausalLM" in name or "LMHead" in name for name in names)
 
 
+def word_features(texts: Sequence[str]) -> np.ndarray:
+    """Hashed words and word pairs, `log(1 + count)`, each answer at length 1 so that longer is not larger. Shape [len(texts), WIDTH]."""
+    x_B_F = np.zeros((len(texts), WIDTH), dtype=np.float32)
+    for row, text in enumerate(texts):
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        for term in [*words, *map(" ".join, pairwise(words))]:
+            x_B_F[row, crc32(term.encode("utf-8", "surrogatepass")) % WIDTH] += 1
+    x_B_F = np.log1p(x_B_F)
+    return x_B_F / np.maximum(np.linalg.norm(x_B_F, axis=1, keepdims=True), 1e-9)
+
+
+def features_of(
+    checkpoint: Path | str,
+    prompts: Sequence[PromptContent],
+    completions: Sequence[str],
+    *,
+    chat_template: str,
+    name: str,
+    policy_loader: Callable[[str, str], Policy] = load_policy,
+    encoder_loader: Callable[[str], tuple[Any, Any]] = load_encoder,
+) -> np.ndarray:
+    """The features of answers under a policy, which reads them in its own format, any other checkpoint, which reads plain text, or WORDS,
+    which sees the answer alone."""
+    if str(checkpoint) == WORDS:
+        return word_features(completions)
+    if is_policy(checkpoint):
+        return policy_features(Path(checkpoint), prompts, completions, chat_template=chat_template, name=name, loader=policy_loader)
+    return encoder_features(checkpoint, prompts, completions, name=name, loader=encoder_loader)
+
+
+def is_encoder(path: Path | str) -> bool:
+    """Whether a checkpoint is no policy and of a kind that is trained to fill masks (BERT and its like), by its configuration."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return not is_policy(path) and load_config(str(path)).model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 class Features:
     """The features of answers under one frozen checkpoint, each computed once: `features(prompts, completions)`, shape [B, F].
 
-    A policy reads them in its own format (`policy_features`), any other checkpoint as plain text (`encoder_features`). What was
-    computed is kept, and `save` and `take` carry it from one reward, or one run of a stage, to the next.
+    What was computed is kept, and `save` and `take` carry it from one reward, or one run of a stage, to the next.
     """
 
     def __init__(self, checkpoint: Path | str, chat_template: str, name: str = "features"):
@@ -122,11 +163,8 @@ class Features:
         missing = list({key: i for i, key in enumerate(keys) if key not in self.known}.values())
         if missing:
             wanted: tuple[list[Any], list[str]] = ([prompts[i] for i in missing], [completions[i] for i in missing])
-            if is_policy(self.checkpoint):
-                about: dict[str, Any] = {"chat_template": self.chat_template, "loader": self.policy_loader}
-                found = policy_features(Path(self.checkpoint), *wanted, name=self.name, **about)
-            else:
-                found = encoder_features(self.checkpoint, *wanted, name=self.name, loader=self.encoder_loader)
+            about: dict[str, Any] = {"policy_loader": self.policy_loader, "encoder_loader": self.encoder_loader}
+            found = features_of(self.checkpoint, *wanted, chat_template=self.chat_template, name=self.name, **about)
             self.known |= {keys[i]: row for i, row in zip(missing, found, strict=True)}
         found_B_F = np.stack([self.known[key] for key in keys])
         if not self.remembers:

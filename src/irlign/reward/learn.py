@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.pairs import PAIR
 from irlign.files import read_json, write_json
 from irlign.records import Contrast
 from irlign.reward.contrasts import weighted
 from irlign.reward.ensemble import Ensemble, train_ensemble
 from irlign.reward.feature_reward import train_features
-from irlign.reward.features import Features
+from irlign.reward.features import Features, is_encoder
 from irlign.reward.heads import train_heads
 from irlign.reward.load import member_loader
 from irlign.reward.train import RewardSettings, accuracy_and_margin
@@ -36,10 +37,12 @@ def train_reward_of(
 ) -> dict[str, Any]:
     """Train the reward of `settings` on the pairs of its contrasts (`settings.weights` names them) and save it in `folder`.
 
-    `backbone` is a policy's folder, or for kind=features any encoder's; `features` of it that are known already are not computed
+    `backbone` is a policy's folder or an encoder's, which reads prompt and answer as a text pair (data/pairs.py); `features` of it that are known already are not computed
     again, and `encoder` is its place as reward.json states it (relative to `folder`; by default the whole path). Returns what reward.json
     says; `load_reward(folder)` reads it.
     """
+    if settings.kind != "features" and is_encoder(backbone):
+        chat_template = PAIR
     options: dict[str, Any] = {"folder": folder, "checkpoints": checkpoints, "chat_template": chat_template, "seed": seed}
     options |= {"report_to": report_to} | ({"features": features, "encoder": encoder} if settings.kind == "features" else {})
     if settings.ensemble:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from irlign.data.chat import Encoded, Format, context_length, length_sorted_batches, pad
+from irlign.data.pairs import PAIR, PairFormat
 from irlign.errors import ModelError
 from irlign.progress import Progress
 from irlign.records import PromptContent
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 
@@ -27,10 +28,16 @@ class RewardModel(Protocol):
         ...
 
 
-class Classifier:
-    """`RewardModel` over an `AutoModelForSequenceClassification` with one logit, read at the last token (EOS)."""
+def _format(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", chat_template: str) -> Format | PairFormat:
+    """How texts become tokens: as policies read them, or for an encoder as a text pair."""
+    return PairFormat(tokenizer, context_length(model.config)) if chat_template == PAIR else Format(tokenizer, chat_template)
 
-    def __init__(self, model: "PreTrainedModel", form: Format, name: str):
+
+class Classifier:
+    """`RewardModel` over an `AutoModelForSequenceClassification` with one logit, read where its architecture reads it: at the last token
+    (EOS) of a causal model, at the first of an encoder."""
+
+    def __init__(self, model: "PreTrainedModel", form: Format | PairFormat, name: str):
         pad_id = form.tokenizer.pad_token_id
         if pad_id is None or pad_id == form.tokenizer.eos_token_id:
             raise ModelError(
@@ -62,7 +69,7 @@ class Classifier:
         model.config.pad_token_id = tokenizer.pad_token_id
         if heads == 1:
             model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
-        return cls(model, Format(tokenizer, chat_template), name)
+        return cls(model, _format(model, tokenizer, chat_template), name)
 
     @classmethod
     def load(cls, folder: Path, reward: dict[str, Any]) -> "Classifier":
@@ -77,7 +84,7 @@ class Classifier:
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ModelError(f"the reward model cannot be loaded: {line}", where=folder, do="run the stage reward again") from error
-        return cls(model, Format(tokenizer, reward["chat_template"]), reward["name"])
+        return cls(model, _format(model, tokenizer, reward["chat_template"]), reward["name"])
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

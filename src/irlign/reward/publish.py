@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.pairs import PAIR
 from irlign.files import read_json, write_json
 from irlign.reward.ensemble import combine, standardised
 from irlign.statistics import spread_within
@@ -33,7 +34,7 @@ with the `{loss}` loss on {pairs} pairs; accuracy on unseen pairs {accuracy}. Th
 import irlign
 irlign.load_reward("this folder").score(["a prompt"], ["an answer"])
 ```
-{loads}; the text is the prompt in the chat template `{template}`, the answer, then EOS.
+{loads}; the text is {form}.
 
 Limits: it has learned what tells two sets of answers apart, and that includes style. Best-of-N under it can pass the
 point where more is worse: read the curve in the run's report.
@@ -63,9 +64,17 @@ def publish_reward(folder: Path, about: Mapping[str, Any], version: str) -> None
         accuracy=f"{dev['accuracy']:.0%}" if dev else "not measured",
         length=about["controls"]["length_accuracy"],
         ending=about["controls"]["ending_accuracy"],
-        template=template if "{" not in (template := about["chat_template"]) else "its tokenizer's own",
+        form=_form(about["chat_template"]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _form(template: str) -> str:
+    """How a text is written for the reward."""
+    if template == PAIR:
+        return "prompt and answer as the tokenizer's text pair, without segment ids"
+    name = template if "{" not in template else "its tokenizer's own"
+    return f"the prompt in the chat template `{name}`, the answer, then EOS"
 
 
 def _words(about: Mapping[str, Any]) -> tuple[str, str]:
@@ -79,7 +88,7 @@ def _words(about: Mapping[str, Any]) -> tuple[str, str]:
         return f"{heads} on frozen features of `{about['encoder']}`, which it needs beside it", "irlign loads it"
     if about["kind"] == "heads":
         return f"{about['heads']} logits over one backbone {several}, read at the last token", f"{plain}, with the mean of the heads"
-    return "One logit, read at the last token", plain
+    return ("One logit of a fine-tuned encoder" if about["chat_template"] == PAIR else "One logit, read at the last token"), plain
 
 
 def publish_log_ratios(

@@ -32,7 +32,10 @@ class RewardSettings(TrainerSettings):
         "classifier",
         description="classifier: trained whole; heads: the members are heads over one backbone; features: the backbone is frozen",
     )
-    backbone: str = Field("sft", description="what the reward model starts from or reads: sft, init, or a checkpoint's folder or Hub id")
+    backbone: str = Field(
+        "sft",
+        description="what the reward model starts from or reads: sft, init, a checkpoint's folder or Hub id, or (kind=features) words: hashed words and word pairs of the answer, no model at all",
+    )
     head: Literal["logistic", "mlp"] = Field("logistic", description="kind=features: what is trained on the features")
     ridge: float = Field(1e-4, gt=0, description="head=logistic: penalty on the squared weights")
     hidden_size: int = Field(64, ge=1, description="head=mlp: width of its hidden layer")
@@ -59,6 +62,8 @@ class RewardSettings(TrainerSettings):
             raise ValueError("every weight of the mixture is 0")
         if len(set(self.ensemble)) < len(self.ensemble) or len(self.ensemble) == 1 or (self.ensemble and self.members > 1):
             raise ValueError("ensemble names two or more different contrasts, one member each: leave members at 1")
+        if self.backbone == "words" and self.kind != "features":
+            raise ValueError("backbone=words is no model that could be trained: use kind=features")
         if self.kind == "heads" and self.members == 1:
             raise ValueError("kind=heads needs members of 2 or more")
         if self.aggregate == "weight-average" and (self.kind != "classifier" or self.ensemble):
