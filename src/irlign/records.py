@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict
 
+import numpy as np
+
 SPLITS = ("train", "dev", "test")
 SCORE = "reward/"  # begins the name of a reward's column in candidates.parquet
 
@@ -141,6 +143,13 @@ class Sample:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Sample":
         return cls(Prompt.from_row(row), row["index"], row["completion"], row["finish_reason"], row["tokens"], row["logprob"])
+
+
+def mean_logprobs(samples: Sequence[Sample]) -> np.ndarray | None:
+    """How likely the policy finds each of its answers: log-probability a token, shape [len(samples)]; None where an endpoint has not told
+    it of every answer."""
+    known = [s.logprob / max(1, s.tokens) for s in samples if s.logprob is not None]
+    return np.array(known) if len(known) == len(samples) else None
 
 
 @dataclass(frozen=True)

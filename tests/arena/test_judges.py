@@ -9,6 +9,7 @@ from irlign.arena.judges import (
     STOPPING,
     WAYS,
     gao,
+    highest,
     lower_bound,
     not_beaten,
     one_error,
@@ -16,29 +17,31 @@ from irlign.arena.judges import (
     stopping_table,
     two_sample,
 )
+from irlign.optimise.label_free import Curve
 from irlign.runs import Run
 from tests.arena.test_leaderboard import TINY
 
 NOISE = np.array([-1, 0, 1.0])
 
 
-def gains(*of):
+def curve(*of):
     """Three prompts; each point is a mean and a spread."""
-    return np.stack([np.zeros(3), *(mean + spread * NOISE for mean, spread in of)], axis=1)
+    gains = np.stack([np.zeros(3), *(mean + spread * NOISE for mean, spread in of)], axis=1)
+    return Curve([1, 2, 4][: len(of) + 1], gains, np.zeros(len(of) + 1, dtype=bool))
 
 
 def test_the_rules_by_hand():
-    rising = gains((1.0, 0.0), (1.1, 0.2))  # the bound falls (1.1 - 1.64 * 0.2 / sqrt(3) = 0.91), the mean rises
-    assert (lower_bound([1, 2, 4], rising), not_beaten([1, 2, 4], rising)) == (2, 4)
-    level = gains((1.0, 0.0), (0.9, 0.2))  # lower by less than is shown
-    assert (lower_bound([1, 2, 4], level), not_beaten([1, 2, 4], level)) == (2, 4)
-    assert (one_error([1, 2, 4], rising), simplest([1, 2, 4], rising)) == (2, 2)  # 1.1 - 0.2 / sqrt(3) = 0.98; 0.1 is within 0.12
-    steep = gains((1.0, 0.0), (1.2, 0.2))
-    assert (one_error([1, 2, 4], steep), simplest([1, 2, 4], steep)) == (4, 4)  # 1.2 - 0.12 = 1.08; 0.2 is not within 0.12
-    fallen = gains((1.0, 0.0), (0.7, 0.2))
-    assert (lower_bound([1, 2, 4], fallen), not_beaten([1, 2, 4], fallen)) == (2, 2)
-    unshown = gains((0.1, 1.0), (0.2, 1.0))
-    assert {rule([1, 2, 4], unshown) for rule in (lower_bound, not_beaten, gao, one_error, simplest)} == {1}
+    rising = curve((1.0, 0.0), (1.1, 0.2))  # the bound falls (1.1 - 1.64 * 0.2 / sqrt(3) = 0.91), the mean rises
+    assert (lower_bound(rising), highest(rising), not_beaten(rising)) == (2, 4, 4)
+    level = curve((1.0, 0.0), (0.9, 0.2))  # lower by less than is shown
+    assert (lower_bound(level), highest(level), not_beaten(level)) == (2, 2, 4)
+    assert (one_error(rising), simplest(rising)) == (2, 2)  # 1.1 - 0.2 / sqrt(3) = 0.98; 0.1 is within 0.12
+    steep = curve((1.0, 0.0), (1.2, 0.2))
+    assert (one_error(steep), simplest(steep)) == (4, 4)  # 1.2 - 0.12 = 1.08; 0.2 is not within 0.12
+    fallen = curve((1.0, 0.0), (0.7, 0.2))
+    assert (lower_bound(fallen), not_beaten(fallen)) == (2, 2)
+    unshown = curve((0.1, 1.0), (0.2, 1.0))
+    assert {rule(unshown) for rule in (highest, lower_bound, not_beaten, gao, one_error, simplest)} == {1}
 
 
 def test_gaos_law_stops_at_its_peak():
@@ -47,9 +50,9 @@ def test_gaos_law_stops_at_its_peak():
 
     n = [1, 2, 4, 8, 16]
     d = np.sqrt([kl_bound(k) for k in n])
-    law = np.tile(d * (1.7 - d), (3, 1)) + 1e-3 * NOISE[:, None] * d
-    assert gao(n, law) == 4
-    assert gao(n, np.tile(d, (3, 1)) + 1e-3 * NOISE[:, None] * d) == 16
+    law, level = (np.tile(of, (3, 1)) + 1e-3 * NOISE[:, None] * d for of in (d * (1.7 - d), d))
+    assert gao(Curve(n, law, np.zeros(5, dtype=bool))) == 4
+    assert gao(Curve(n, level, np.zeros(5, dtype=bool))) == 16
 
 
 def test_every_way_on_a_cell(tmp_path):

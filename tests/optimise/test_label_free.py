@@ -8,6 +8,7 @@ from irlign.optimise.label_free import (
     FEWEST,
     SAMPLES,
     Answers,
+    Curve,
     _folds,
     choice_of,
     choose,
@@ -19,7 +20,7 @@ from irlign.optimise.label_free import (
     judged_curve,
     lower_bounds,
 )
-from irlign.records import Demonstration, Prompt
+from irlign.records import Demonstration, Prompt, Sample
 
 
 def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 4.0):
@@ -43,8 +44,7 @@ def world(seed: int, prompts: int = 60, answers: int = 16, hacked: float = 4.0):
 
 def chosen(sides, selecting):
     judged = judge(*sides)
-    n, gains = judged_curve(sides[0].prompt_ids, selecting, judged, np.ones(len(judged), dtype=bool))
-    return choose_n(n, gains)
+    return choose_n(judged_curve(sides[0].prompt_ids, selecting, judged, np.ones(len(judged), dtype=bool), None))
 
 
 def test_an_honest_reward_is_followed_and_a_hacked_one_is_not():
@@ -84,35 +84,47 @@ def test_the_bounds_by_hand():
     assert lower_bounds(gains) == pytest.approx([0, 1, 2 - 1.644854 * 2 / np.sqrt(3)], abs=1e-5)
 
 
+def curve(*points, likelier=False):
+    """Each point: a gain over three prompts, as a mean and a spread."""
+    gains = np.stack([np.zeros(3), *(mean + spread * np.array([-1, 0, 1.0]) for mean, spread in points)], axis=1)
+    return Curve([1, 2, 4][: gains.shape[1]], gains, np.full(gains.shape[1], likelier))
+
+
 def test_the_choice_by_hand():
-    """Of the gains that are shown the highest is taken; one that is not shown is not taken, however high."""
-    noise = np.array([-1, 0, 1.0])
-    unshown = np.stack([np.zeros(3), 1 + 0 * noise, 2 + 2 * noise], axis=1)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
-    assert choose_n([1, 2, 4], unshown) == 2
-    rising = np.stack([np.zeros(3), 1 + 0 * noise, 1.1 + 0.2 * noise], axis=1)  # the bound falls: 1.1 - 1.64 * 0.2 / sqrt(3) < 1
-    assert choose_n([1, 2, 4], rising) == 4
-    fallen = np.stack([np.zeros(3), 1 + 0 * noise, 0.9 + 0.2 * noise], axis=1)
-    assert choose_n([1, 2, 4], fallen) == 2
-    assert choose_n([1, 2, 4], -fallen) == 1
+    """One that is not shown is not taken, however high. Where picks are likely the largest n that is not beaten, else the best bound."""
+    unshown = (1, 0), (2, 2)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
+    assert choose_n(curve(*unshown)) == choose_n(curve(*unshown, likelier=True)) == 2
+    level = (1, 0), (0.9, 0.2)  # 1 - 0.9 is less than 1.64 * 0.2 / sqrt(3) = 0.19
+    assert (choose_n(curve(*level)), choose_n(curve(*level, likelier=True))) == (2, 4)
+    fallen = (1, 0), (0.8, 0.2)
+    assert choose_n(curve(*fallen)) == choose_n(curve(*fallen, likelier=True)) == 2
+    lost = (-1, 0), (-0.9, 0.2)
+    assert choose_n(curve(*lost)) == choose_n(curve(*lost, likelier=True)) == 1
+    drifts = curve((1, 0), (1.1, 0.2))._replace(likelier=np.array([False, True, False]))
+    assert choose_n(drifts) == 2  # at n = 4 the picks have left what pi_SFT knows
+    assert choose_n(drifts._replace(likelier=~drifts.likelier)) == 4
 
 
 def test_more_looks_ask_for_more():
     """One gain of 1.8 standard errors: shown alone (1.64), not among two (1.96)."""
-    gains = np.stack([np.zeros(3), 1.8 / np.sqrt(3) + np.array([-1, 0, 1.0])], axis=1)
-    assert choose_n([1, 2], gains) == 2 and choose_n([1, 2], gains, looks=2) == 1
+    one = curve((1.8 / np.sqrt(3), 1))
+    assert choose_n(one) == 2 and choose_n(one, looks=2) == 1
 
 
 def test_the_reward_with_the_best_bound_selects():
-    one = np.array([[0, 1, 0.5], [0, 1, 0.6], [0, 1, 0.7]])
-    assert choose([1, 2, 4], {"a": one, "b": 2 * one}) == ("b", 2)
-    assert choose([1, 2, 4], {"a": one, "b": -one}) == ("a", 2)
-    assert choose([1, 2, 4], {"a": -one, "b": -2 * one}) == ("a", 1)
+    one, two = curve((1, 0), (0.6, 0.1)), curve((2, 0), (1.2, 0.2))
+    assert choose({"a": one, "b": two}) == ("b", 2)
+    assert choose({"a": one, "b": one._replace(gains=-one.gains)}) == ("a", 2)
+    assert choose({"a": one._replace(gains=-one.gains), "b": two._replace(gains=-two.gains)}) == ("a", 1)
 
 
 def test_the_curve_counts_gains_in_standard_deviations():
-    n, gains = judged_curve(["p", "p", "q", "q"], np.array([1, 2, 2, 1.0]), np.array([0, 2, 4, 2.0]), np.ones(4, dtype=bool))
-    assert n == [1, 2] and gains[:, 0] == pytest.approx([0, 0])
+    ids, by, logits, done = ["p", "p", "q", "q"], np.array([1, 2, 2, 1.0]), np.array([0, 2, 4, 2.0]), np.ones(4, dtype=bool)
+    n, gains, likelier = judged_curve(ids, by, logits, done, None)
+    assert n == [1, 2] and gains[:, 0] == pytest.approx([0, 0]) and not likelier.any()
     assert gains[:, 1] == pytest.approx(np.array([1, 1]) / np.std([0, 2, 4, 2]))
+    assert judged_curve(ids, by, logits, done, np.array([-2, -1, -1, -2.0])).likelier.tolist() == [False, True]  # each gains 0.5
+    assert not judged_curve(ids, by, logits, done, np.array([-2, -1, -2, -1.0])).likelier.any()  # one gains, one loses
 
 
 def test_demonstrations_are_exchanged_within_a_fold():
@@ -148,9 +160,13 @@ def test_at_most_so_many_samples_of_a_prompt_train_the_judge():
     assert answers.of({"p"})[:, 0].tolist() == list(range(SAMPLES)) and len(answers.of({"p", "q"})) == SAMPLES + 3
 
 
-def _rows(judged):
+def _rows(judged, logprob=None):
     return [
-        {"split": split, "prompt_id": f"{split}{p}", "reward/r": float(i), "judge": judged(i), "finish_reason": "eos"}
+        {
+            **Sample(Prompt.of(f"{split}{p}", split), i, " a", "eos", 2, logprob and logprob(i)).to_row(),
+            "reward/r": float(i),
+            "judge": judged(i),
+        }
         for split in ("dev", "test")
         for p in range(4)
         for i in range(4)
@@ -161,6 +177,9 @@ def test_choice_json():
     about = {"demonstrations": 30, "judge_auc": 0.8}
     up = choice_of(_rows(float), ["r"], None, **about)
     assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curves"]["r"]) == {"1", "2", "4"}
+    assert up["why"].startswith("the best lower bound") and not any(of["likelier"] for of in up["curves"]["r"].values())
+    likely = choice_of(_rows(float, lambda i: i - 4.0), ["r"], None, **about)
+    assert likely["why"].startswith("the largest n") and [of["likelier"] for of in likely["curves"]["r"].values()] == [False, True, True]
     down = choice_of(_rows(lambda i: -float(i)), ["r"], None, **about)
     assert down["n"] == 1 and "SFT is kept" in down["why"]
     given = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)

@@ -18,9 +18,9 @@ from irlign.errors import ConfigError
 from irlign.evaluate.golden import Golden, load_golden
 from irlign.files import read_json, read_table, write_table
 from irlign.optimise.best_of_n import scored_text
-from irlign.optimise.label_free import JUDGE, judge_pool
+from irlign.optimise.label_free import JUDGE, Curve, judge_pool, judged_curve
 from irlign.recipe import Recipe, as_recipe
-from irlign.records import Demonstration, Preference, Prompt, Sample
+from irlign.records import Demonstration, Preference, Prompt, Sample, mean_logprobs
 from irlign.reward.contrasts import answers_of, contrast_pairs
 from irlign.reward.learn import train_reward_of
 from irlign.reward.load import load_reward
@@ -236,6 +236,13 @@ class Cell:
             return {"auc": auc}
 
         return self._scores("judge", build, {"judge": JUDGE}, ["scores/judge.parquet"])
+
+    def judged_curve(self, scores: np.ndarray, judged: np.ndarray | None = None) -> Curve:
+        """Best-of-n by `scores`, shape [rows], as the label-free judge sees it on dev, or another with its values of the dev rows."""
+        dev = self.is_dev
+        samples = [s for s, own in zip(self.pool, dev, strict=True) if own]
+        values = self.judged()[dev] if judged is None else judged
+        return judged_curve([s.prompt.prompt_id for s in samples], scores[dev], values, self.finished[dev], mean_logprobs(samples))
 
     def _write_scores(self, folder: Path, name: str, scores: np.ndarray) -> None:
         write_table(folder / f"scores/{name}.parquet", [{"score": float(value)} for value in scores])

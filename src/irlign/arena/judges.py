@@ -1,7 +1,7 @@
 """Ways to choose n without labels, side by side: judges of other kinds and other rules, as methods of the arena.
 
 Each row is Best-of-n by one reward with n chosen in one way, so that the table's regret says how near that way comes to the best n.
-What `irlign run` uses is `judge` with the rule `highest` (optimise/label_free.py). `irlign arena stopping` compares them.
+What `irlign run` uses is `judge` (optimise/label_free.py `choose_n`). `irlign arena stopping` compares them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from scipy.spatial.distance import cdist
 from irlign.arena.cell import Cell
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
 from irlign.evaluate.overoptimisation import fit_gao
-from irlign.optimise.label_free import ALPHA, Answers, choose_n, judge, judged_curve, lower_bounds, sides_of
+from irlign.optimise.label_free import Answers, Curve, choose_n, judge, lower_bounds, shown, sides_of
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
 Judge = Callable[[Cell], np.ndarray]  # a value of each dev row of the pool, higher is better
-Rule = Callable[[Sequence[int], np.ndarray], int]  # n and the judged gains, shape [P, n], to one n
+Rule = Callable[[Curve], int]  # the judged curve to one n
 
 
 @lru_cache(maxsize=2)
@@ -47,55 +47,43 @@ def by(scores: Scores) -> Judge:
     return lambda cell: scores(cell)[cell.is_dev]
 
 
-def _shown(n: Sequence[int], gains_P_n: np.ndarray) -> np.ndarray:
-    """Which gains are shown to be above 0, for all n together (Bonferroni). Shape [n]."""
-    return lower_bounds(gains_P_n, ALPHA / max(1, len(n) - 1)) > 0
+def highest(curve: Curve) -> int:
+    """The highest mean, among the gains that are shown for all n together."""
+    return curve.n[int(np.where(shown(curve.gains), curve.gains.mean(0), 0.0).argmax())]
 
 
-def lower_bound(n: Sequence[int], gains_P_n: np.ndarray) -> int:
-    """The best one-sided 95 % lower bound, where that gain is shown for all n together."""
-    best = int(lower_bounds(gains_P_n).argmax())
-    return n[best] if _shown(n, gains_P_n)[best] else 1
+def lower_bound(curve: Curve) -> int:
+    """The best one-sided 95 % lower bound, among the gains that are shown for all n together."""
+    return curve.n[int(np.where(shown(curve.gains), lower_bounds(curve.gains), 0.0).argmax())]
 
 
-def one_error(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+def one_error(curve: Curve) -> int:
     """The best mean less one standard error, among the gains that are shown for all n together."""
-    shown_n = _shown(n, gains_P_n)
-    return n[int(np.where(shown_n, lower_bounds(gains_P_n, ONE_ERROR), 0.0).argmax())]
+    return curve.n[int(np.where(shown(curve.gains), lower_bounds(curve.gains, ONE_ERROR), 0.0).argmax())]
 
 
-def simplest(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+def simplest(curve: Curve) -> int:
     """The smallest shown n whose gain lies within one standard error of the highest (the one-standard-error rule, paired)."""
-    shown_n = _shown(n, gains_P_n)
-    best = int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())
-    near = [k for k in range(1, best + 1) if shown_n[k] and lower_bounds(gains_P_n[:, [best]] - gains_P_n[:, [k]], ONE_ERROR)[0] <= 0]
-    return n[near[0]] if near else 1
+    shown_n, gains = shown(curve.gains), curve.gains
+    best = int(np.where(shown_n, gains.mean(0), 0.0).argmax())
+    near = [k for k in range(1, best + 1) if shown_n[k] and lower_bounds(gains[:, [best]] - gains[:, [k]], ONE_ERROR)[0] <= 0]
+    return curve.n[near[0]] if near else 1
 
 
-def not_beaten(n: Sequence[int], gains_P_n: np.ndarray) -> int:
-    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat."""
-    shown_n = _shown(n, gains_P_n)
-    for k in reversed(range(1, len(n))):
-        if shown_n[k] and (lower_bounds(gains_P_n[:, :k] - gains_P_n[:, k : k + 1]) <= 0).all():
-            return n[k]
-    return 1
+def not_beaten(curve: Curve) -> int:
+    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat, however likely its picks."""
+    return choose_n(curve._replace(likelier=np.ones(len(curve.n), dtype=bool)))
 
 
-def gao(n: Sequence[int], gains_P_n: np.ndarray) -> int:
+def gao(curve: Curve) -> int:
     """The largest n not beyond the peak of Gao's law fitted to the judged curve; 1 unless that gain is shown."""
-    fit = fit_gao(gains_P_n, list(n), np.array([kl_bound(k) for k in n]), resamples=100)
-    at = [k for k in n if fit is not None and k <= fit.peak_n * (1 + 1e-9)][-1:] or [1]
-    shown_n = _shown(n, gains_P_n)
-    return at[0] if shown_n[list(n).index(at[0])] else 1
+    fit = fit_gao(curve.gains, curve.n, np.array([kl_bound(k) for k in curve.n]), resamples=100)
+    at = [k for k in curve.n if fit is not None and k <= fit.peak_n * (1 + 1e-9)][-1:] or [1]
+    return at[0] if shown(curve.gains)[curve.n.index(at[0])] else 1
 
 
 def chosen_by(judge_of: Judge, rule: Rule = choose_n) -> Callable[[Cell, np.ndarray], int]:
-    def n_of(cell: Cell, scores: np.ndarray) -> int:
-        dev = cell.is_dev
-        ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
-        return rule(*judged_curve(ids, scores[dev], judge_of(cell), cell.finished[dev]))
-
-    return n_of
+    return lambda cell, scores: rule(cell.judged_curve(scores, judge_of(cell)))
 
 
 def two_sample(cell: Cell, scores: np.ndarray) -> int:
@@ -120,6 +108,7 @@ def two_sample(cell: Cell, scores: np.ndarray) -> int:
 JUDGE = by(Cell.judged)
 WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge": chosen_by(JUDGE),
+    "judge (highest mean)": chosen_by(JUDGE, highest),
     "judge (lower bound)": chosen_by(JUDGE, lower_bound),
     "judge (mean less one error)": chosen_by(JUDGE, one_error),
     "judge (smallest within one error)": chosen_by(JUDGE, simplest),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from irlign.arena.cell import Cell
-from irlign.optimise.label_free import choose, judged_curve
+from irlign.optimise.label_free import choose
 from irlign.reward.controls import CONTROLS, by_prompt, controls
 from irlign.reward.ensemble import combine, standardised
 from irlign.reward.publish import held_to_likelihood
@@ -61,12 +61,8 @@ def judged_best(candidates: Mapping[str, Scores], what: str, *stages: str) -> Me
     (optimise/label_free.py)."""
 
     def method(cell: Cell) -> Pick:
-        values, dev = {name: scores(cell) for name, scores in candidates.items()}, cell.is_dev
-        ids = [p for p, own in zip(cell.prompt_ids, dev, strict=True) if own]
-        gains = {}
-        for name, of in values.items():
-            points, gains[name] = judged_curve(ids, of[dev], cell.judged()[dev], cell.finished[dev])
-        name, n = choose(points, gains)
+        values = {name: scores(cell) for name, scores in candidates.items()}
+        name, n = choose({name: cell.judged_curve(of) for name, of in values.items()})
         before = ("sft", "sample", "reward-judge")
         rewards = [stage if stage == LIKELIHOODS else f"reward-{stage}" for stage in stages]
         return Pick("sft", what, values[name], n, (*before, *rewards), any(stage.startswith("reward-") for stage in rewards))

@@ -12,7 +12,7 @@ from irlign.evaluate.judge import judge_pairs
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
 from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
-from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample
+from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample, mean_logprobs
 from irlign.reward.contrasts import ended
 from irlign.reward.controls import by_prompt, controls, length
 from irlign.reward.load import score_all
@@ -45,7 +45,7 @@ def measure(
 
     def drawn(samples: Sequence[Sample], scores: Mapping[str, Any] | None = None) -> Group:
         return group(
-            [s.prompt for s in samples], [s.completion for s in samples], [s.finished for s in samples], scores, _likelihood(samples)
+            [s.prompt for s in samples], [s.completion for s in samples], [s.finished for s in samples], scores, mean_logprobs(samples)
         )
 
     def group(
@@ -118,12 +118,6 @@ def _pairwise(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], set
     pairs += [("best_of_n", base)] if choice["n"] > 1 else []
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": run.seed}
     return judge_pairs(rows, [*pairs, ("sft", "initial")], settings.judge, run.path(JUDGED), **options)
-
-
-def _likelihood(pool: Sequence[Sample]) -> np.ndarray | None:
-    """Each answer's log-probability a token; None where an endpoint has not told it of every answer."""
-    known = [s.logprob / max(1, s.tokens) for s in pool if s.logprob is not None]
-    return np.array(known) if len(known) == len(pool) else None
 
 
 def _aligned(optimised: Mapping[str, Any] | None, sft: Group, samples: Callable[[], Group]) -> Group | None:

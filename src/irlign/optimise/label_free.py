@@ -5,8 +5,9 @@ prompts and from demonstrations of other prompts: a ridge-regularised logistic h
 demonstrations of other prompts are written as well and in the same style, so that neither length nor style tells the sides
 apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
 prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
-does (docs/measured.md); of the n that are shown to be better than n = 1 the one with the highest judged gain is taken, and
-n = 1, plain SFT, where none is.
+does (docs/measured.md). Of the n that are shown to be better than n = 1 one is taken, boldly where the answers that the
+reward picks are shown to be likelier under pi_SFT than its average answer, cautiously where they may be some that it hardly
+ever gives; n = 1, plain SFT, where none is shown (docs/studies/stopping.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from scipy.stats import norm
 
 from irlign.errors import ConfigError
 from irlign.optimise.best_of_n import scored_text
-from irlign.records import SCORE, Demonstration, Prompt, Sample
+from irlign.records import SCORE, Demonstration, Prompt, Sample, mean_logprobs
 from irlign.reward.contrasts import ended
 from irlign.reward.features import LogisticHead, features_of
 from irlign.statistics import auc, best_of_n, powers_of_two
@@ -37,6 +38,7 @@ JUDGE = {
     "samples": SAMPLES,
     "exchanged": EXCHANGED,
     "style": True,
+    "rule": "largest not beaten where likelier, else best bound",
 }
 
 
@@ -96,36 +98,58 @@ def exchanged(demonstrations: Sequence[Demonstration]) -> list[tuple[Prompt, str
     return [(prompt, ended(other.completion, True)) for prompt, other in rows if other.prompt.prompt_id != prompt.prompt_id]
 
 
+class Curve(NamedTuple):
+    """Best-of-n under one reward as the judge sees it: the points `n`, n = 1 first; each prompt's `gains` over n = 1, in standard deviations
+    of the judge's logit, shape [P, n]; and `likelier`, whether what is picked is shown to be likelier under pi_SFT, a token, than at n = 1
+    (5 %, all n together), shape [n]: nowhere where no likelihood is known."""
+
+    n: list[int]
+    gains: np.ndarray
+    likelier: np.ndarray
+
+
 def judged_curve(
-    prompt_ids: Sequence[str], selecting: np.ndarray, judged: np.ndarray, finished: np.ndarray
-) -> tuple[list[int], np.ndarray]:
-    """n and each prompt's gain of Best-of-n over n = 1 by the judge, in standard deviations of its logit. Shape [P, n]."""
+    prompt_ids: Sequence[str], selecting: np.ndarray, judged: np.ndarray, finished: np.ndarray, likelihood: np.ndarray | None
+) -> Curve:
+    """The curve of `selecting`, from the reward, the judge's logit, and log pi_SFT a token of each answer."""
     rows: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(prompt_ids):
         rows.setdefault(prompt_id, []).append(row)
     n = powers_of_two(min(len(of) for of in rows.values()))  # n = 1 first
-    scale = float(np.std(judged)) or 1.0
-    curve = np.array([[best_of_n(selecting[of], judged[of] / scale, k, finished[of]) for k in n] for of in rows.values()])
-    return n, curve - curve[:, :1]
+
+    def gains(values: np.ndarray) -> np.ndarray:
+        curve = np.array([[best_of_n(selecting[of], values[of], k, finished[of]) for k in n] for of in rows.values()])
+        return curve - curve[:, :1]
+
+    likelier = np.zeros(len(n), dtype=bool) if likelihood is None else shown(gains(likelihood))
+    return Curve(n, gains(judged / (float(np.std(judged)) or 1.0)), likelier)
 
 
-def choose(n: Sequence[int], gains: Mapping[str, np.ndarray]) -> tuple[str, int]:
-    """The reward and the n that selection uses, from the judged gains of Best-of-n under each reward, shape [P, n]: each reward at its
-    own n, the one with the best lower bound there. The first reward and n = 1 where no gain is shown."""
-    chosen = {name: choose_n(n, of, len(gains) * (len(n) - 1)) for name, of in gains.items()}
-    best = max(gains, key=lambda name: lower_bounds(gains[name])[list(n).index(chosen[name])])
+def choose(curves: Mapping[str, Curve]) -> tuple[str, int]:
+    """The reward and the n that selection uses: each reward at its own n, the one with the best lower bound there. The first reward and
+    n = 1 where no gain is shown."""
+    chosen = {name: choose_n(of, sum(len(c.n) - 1 for c in curves.values())) for name, of in curves.items()}
+    best = max(curves, key=lambda name: lower_bounds(curves[name].gains)[curves[name].n.index(chosen[name])])
     return best, chosen[best]
 
 
-def choose_n(n: Sequence[int], gains_P_n: np.ndarray, looks: int | None = None) -> int:
-    """The n with the highest mean gain among those whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by
-    default all n but the first); n = 1 where there is none.
+def choose_n(curve: Curve, looks: int | None = None) -> int:
+    """An n whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by default all n but the first), or n = 1.
 
-    The mean and not its lower bound is compared, since the noise of the judged gain grows with n, so that a curve that still rises loses
-    its bound. `irlign arena stopping` compares this rule with others.
+    Of those where the picks are likelier under pi_SFT the largest that no smaller n is shown to beat (5 %): the noise of the judged gain
+    grows with n, so that a curve that still rises loses its bound. Where there is none, the picks leave what pi_SFT knows, and with it what
+    the judge has seen, so its noise counts against them: the best lower bound. `irlign arena stopping` compares this with other rules.
     """
-    shown_n = lower_bounds(gains_P_n, ALPHA / max(1, looks or len(n) - 1)) > 0
-    return n[int(np.where(shown_n, gains_P_n.mean(0), 0.0).argmax())]
+    shown_n = shown(curve.gains, looks)
+    for k in reversed(np.flatnonzero(shown_n & curve.likelier)):
+        if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any():
+            return curve.n[k]
+    return curve.n[int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())]
+
+
+def shown(gains_P_n: np.ndarray, looks: int | None = None) -> np.ndarray:
+    """Which means are shown to be above 0, at 5 % for so many looks together (Bonferroni; by default all n but the first). Shape [n]."""
+    return lower_bounds(gains_P_n, ALPHA / max(1, looks or gains_P_n.shape[1] - 1)) > 0
 
 
 def lower_bounds(values_P_n: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
@@ -185,8 +209,8 @@ def choice_of(
     no_judge: str = "",
 ) -> dict[str, Any]:
     """choice.json, from the candidates: the `reward` and the `n` that selection uses and `why`, `given` (best_of_n.n), `label_free` (the n
-    that the judge would take, or null), the judge's `curves` on dev (`{reward: {n: {"mean", "low"}}}`, gains over n = 1 in standard
-    deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects. `kept` is what n = 1 stands for,
+    that the judge would take, or null), the judge's `curves` on dev (`{reward: {n: {"mean", "low", "likelier"}}}`, gains over n = 1 in
+    standard deviations), its `auc`, and what it rests on. Without a judge the first of the rewards selects. `kept` is what n = 1 stands for,
     `no_judge` why there is no judge where that is not for want of demonstrations.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
@@ -197,30 +221,33 @@ def choice_of(
         shown = "given by best_of_n.n; no judge says whether it is better"
         return {**about, "n": given or 1, "why": shown if given else f"{why}, so {kept} is kept"}
     judged, finished = np.array([row["judge"] for row in dev]), np.array([row["finish_reason"] != "length" for row in dev])
-    gains = {}
-    for reward in rewards:
-        selecting = np.array([row[f"{SCORE}{reward}"] for row in dev])
-        n, gains[reward] = judged_curve([row["prompt_id"] for row in dev], selecting, judged, finished)
-    reward, chosen = choose(n, gains)
-    curves = {
-        name: {str(k): {"mean": float(m), "low": float(low)} for k, m, low in zip(n, of.mean(0), lower_bounds(of), strict=True)}
-        for name, of in gains.items()
-    }
-    why = (
-        "the highest judged gain among those that are shown to be better than SFT"
-        if chosen > 1
-        else f"no larger n is shown to be better, at 5% for all that was looked at, so {kept} is kept"
-    )
-    why = f"given by best_of_n.n; the judge would take {chosen}" if given else why
+    ids, likelihood = [row["prompt_id"] for row in dev], mean_logprobs([Sample.from_row(row) for row in dev])
+    scores = {reward: np.array([row[f"{SCORE}{reward}"] for row in dev]) for reward in rewards}
+    curves = {reward: judged_curve(ids, of, judged, finished, likelihood) for reward, of in scores.items()}
+    reward, chosen = choose(curves)
+    why = f"given by best_of_n.n; the judge would take {chosen}" if given else _why(curves[reward], chosen, kept)
     return {
         **about,
         "reward": reward,
         "label_free": chosen,
-        "curves": curves,
-        "prompts": len(gains[reward]),
+        "curves": {name: _curve_json(curve) for name, curve in curves.items()},
+        "prompts": len(curves[reward].gains),
         "n": given or chosen,
         "why": why,
     }
+
+
+def _why(curve: Curve, chosen: int, kept: str) -> str:
+    if chosen == 1:
+        return f"no larger n is shown to be better, at 5% for all that was looked at, so {kept} is kept"
+    if curve.likelier[curve.n.index(chosen)]:
+        return f"the largest n that is shown to be better than {kept} and that no smaller one is shown to beat"
+    return f"the best lower bound among the n that are shown to be better than {kept}; what is picked is not shown to be likelier than its average"
+
+
+def _curve_json(curve: Curve) -> dict[str, dict[str, Any]]:
+    points = zip(curve.n, curve.gains.mean(0), lower_bounds(curve.gains), curve.likelier, strict=True)
+    return {str(n): {"mean": float(mean), "low": float(low), "likelier": bool(likelier)} for n, mean, low, likelier in points}
 
 
 def guard_n(choice: Mapping[str, Any], force: bool) -> None:
