@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from irlign.data.splits import stored_demonstrations
+from irlign.evaluate.equal_tokens import adaptive_point
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.headline import headline
 from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
@@ -78,6 +79,7 @@ def measure(
         settings=settings,
         seed=run.seed,
         chosen=choice["n"],
+        used=np.array([row["used"] for row in rows]),
     )
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", learned, "reward.json"))
@@ -88,13 +90,16 @@ def measure(
         "judge": measured.judged(),
         "demonstration_nll": nll,
     }
+    tests = measured.tests("golden" if golden else selector)
+    adaptive, more = adaptive_point(measured, np.array([s.tokens for s in pool])) if choice["adaptive"] else (None, [])
     results = {
         "golden": truth,
         "heldout": heldout,
         "alarms": [*alarms(heldout, choice), *_kept_alarms(optimised)],
         "choice": choice,
         "optimise": optimised,
-        "tests": measured.tests("golden" if golden else selector),
+        "adaptive": adaptive,
+        "tests": [*tests, *more],
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
