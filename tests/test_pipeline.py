@@ -114,12 +114,15 @@ def test_the_demonstration_is_never_a_candidate(finished):
 def test_with_a_budget_each_prompt_uses_its_own_number_of_answers(copied):
     results = run(small_recipe(copied, best_of_n={"n": 4, "force": True, "budget": 2}, optimise={"method": "none"}))
     candidates = read_table(copied / "best_of_n/candidates.parquet")
-    used = {p: sum(c["used"] for c in candidates if c["prompt_id"] == p) for p in {c["prompt_id"] for c in candidates}}
-    assert all(c["used"] == (c["index"] < used[c["prompt_id"]]) for c in candidates) and len(set(used.values())) > 1
+    selected = [json.loads(line) for line in (copied / "best_of_n/selected.jsonl").read_text().splitlines()]
     about, point = results["choice"]["adaptive"], results["adaptive"]
-    assert (about["budget"], about["most"]) == (2, 4) and 1 < about["n"]["dev"] <= 2 and about["n"]["test"] == point["n"]["mean"]
-    for row in map(json.loads, (copied / "best_of_n/selected.jsonl").read_text().splitlines()):
-        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["used"]]
+    assert (about["budget"], about["most"]) == (2, 4) and len({row["n"] for row in selected}) > 1
+    for split in ("dev", "test"):
+        own = [row["n"] for row in selected if row["split"] == split]
+        assert about["n"][split] == sum(own) / len(own) <= {"dev": 2, "test": 4}[split]
+    assert point["n"]["mean"] == about["n"]["test"] > 1
+    for row in selected:
+        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["index"] < row["n"]]
         best = max(own, key=lambda c: (c["finish_reason"] != "length", c[f"reward/{results['choice']['reward']}"]))
         assert (row["completion"], row["index"]) == (best["completion"], best["index"])
     html = (copied / "report.html").read_text(encoding="utf-8")

@@ -219,7 +219,6 @@ def bon(recipe: Recipe, run: Run) -> None:
         used, choice["adaptive"] = {row["prompt_id"]: choice["n"] for row in rows}, None
         if budget is not None and choice["n"] > 1:
             used, choice["adaptive"] = stop_early(rows, choice["reward"], choice["n"], budget)
-        rows = [{**row, "used": row["index"] < used[row["prompt_id"]]} for row in rows]
         selected = select(rows, choice["reward"], used)
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)

@@ -1,5 +1,6 @@
 """A run's stored answers become evaluation/results.json: read, scored by what never trained, measured."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def measure(
         settings=settings,
         seed=run.seed,
         chosen=choice["n"],
-        used=np.array([row["used"] for row in rows]),
+        used=_used(run, rows),
     )
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", learned, "reward.json"))
@@ -104,6 +105,13 @@ def measure(
         "run": dict(summary),
     }
     return {"headline": headline(results), **results}, measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+
+
+def _used(run: Run, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Which candidates selection looked at: the first `n` of each prompt in selected.jsonl. Shape [rows]."""
+    with run.path("best_of_n/selected.jsonl").open(encoding="utf-8") as lines:
+        n = {row["prompt_id"]: row["n"] for row in map(json.loads, lines)}
+    return np.array([row["index"] < n[row["prompt_id"]] for row in rows])
 
 
 def _likelihood(pool: Sequence[Sample]) -> np.ndarray | None:

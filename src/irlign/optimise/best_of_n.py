@@ -85,6 +85,7 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int | Mapping[str,
                 "completion": best["completion"],
                 "reward": best[f"{SCORE}{reward}"],
                 "index": best["index"],
+                "n": most[prompt_id],
                 "finish_reason": best["finish_reason"],
             }
         )
