@@ -11,7 +11,7 @@ from irlign.training import TrainerSettings, training_arguments
 
 
 def preflight(recipe: Recipe) -> None:
-    """Raises ConfigError for an unknown engine or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
+    """Raises ConfigError for an unknown engine, a Python without vLLM or an endpoint without a model for a policy, a golden reward that cannot be imported, and a field or tracker that TrainingArguments
     refuses; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
     check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
