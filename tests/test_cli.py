@@ -110,6 +110,7 @@ BAD_KEYS = {
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
     "n over the pool": (["best_of_n.n=99"], "best_of_n.n=99 is more than sampling.num_generations=4"),
+    "a budget over the pool": (["best_of_n.n=2", "best_of_n.budget=3"], "budget=3 is a mean number of answers, and a prompt has 2 at most"),
     "seeds that are none": (["seeds=4..1"], "names no seed"),
     "an unknown world": (["model_name_or_path=null", "dataset_name=null", "world=chess"], "no world 'chess'"),
     "nothing to run": (["model_name_or_path=null"], "model_name_or_path is missing"),
@@ -119,6 +120,11 @@ BAD_KEYS = {
     "an unknown engine": (["sampling.engine=warp"], "no engine 'warp'"),
     "a golden reward that is not there": (["evaluation.golden_reward=nothing:here"], "cannot be imported"),
 }
+
+
+def test_the_budget_is_an_option_of_bon(capsys, recipe):
+    code, _, err = _run(capsys, "bon", "--config", recipe, "--budget", "99")
+    assert code == 2 and "best_of_n.budget=99 is a mean number of answers, and a prompt has 4 at most" in err
 
 
 @pytest.mark.parametrize("case", BAD_KEYS)

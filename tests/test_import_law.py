@@ -83,16 +83,21 @@ NO_TORCH = {
         "reward/controls",
         "reward/publish",
         "sampling/engine",
+        "sampling/ending",
         "sampling/openai_engine",
+        "sampling/vllm_child",
+        "sampling/vllm_engine",
         "sampling/pools",
         "sampling/given",
         "black_box",
+        "optimise/adaptive",
         "optimise/best_of_n",
         "optimise/label_free",
         "optimise/safety_net",
         "optimise/align",
         "optimise/methods",
         "evaluate/metrics",
+        "evaluate/equal_tokens",
         "evaluate/headline",
         "evaluate/judge",
         "evaluate/overoptimisation",
@@ -107,7 +112,7 @@ NO_TORCH = {
 }
 ALONE = {
     "trl": {"optimise/preference", "optimise/rloo"},
-    "vllm": {"sampling/vllm_engine"},
+    "vllm": {"sampling/vllm_child"},
     "ray": {"sampling/cluster"},
     "fastapi": {"serve"},
     "uvicorn": {"serve"},
@@ -156,7 +161,11 @@ def test_files_of_a_part_make_no_cycle():
         for name, path in FILES.items()
         if not name.endswith("__init__")
     }
-    edges["sampling/engine"] -= {"sampling/transformers_engine", "sampling/openai_engine"}  # the choice by name, made inside a function
+    edges["sampling/engine"] -= {
+        "sampling/transformers_engine",
+        "sampling/openai_engine",
+        "sampling/vllm_engine",
+    }  # the choice by name, made inside a function
     done: set[str] = set()
     while ready := {name for name in edges if name not in done and edges[name] <= done | {"__init__"}}:
         done |= ready

@@ -84,7 +84,7 @@ def test_everything_the_contract_names_is_there(finished):
 
 def test_results_keep_their_promises(finished):
     results = json.loads((finished / "evaluation/results.json").read_text())
-    parts = {"headline", "golden", "heldout", "choice", "optimise", "alarms", "base", "tests", "curve", "run", "pairwise"}
+    parts = {"headline", "golden", "heldout", "choice", "optimise", "adaptive", "alarms", "base", "tests", "curve", "run", "pairwise"}
     assert set(results) == parts
     golden = results["golden"]
     assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}
@@ -110,6 +110,25 @@ def test_the_demonstration_is_never_a_candidate(finished):
         own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["index"] < n]
         best = max(own, key=lambda c: (c["finish_reason"] != "length", c["reward/init-sft+likelihood"]))
         assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft+likelihood"])
+
+
+def test_with_a_budget_each_prompt_uses_its_own_number_of_answers(copied):
+    results = run(small_recipe(copied, best_of_n={"n": 4, "force": True, "budget": 2}, optimise={"method": "none"}))
+    candidates = read_table(copied / "best_of_n/candidates.parquet")
+    selected = [json.loads(line) for line in (copied / "best_of_n/selected.jsonl").read_text().splitlines()]
+    about, point = results["choice"]["adaptive"], results["adaptive"]
+    assert (about["budget"], about["most"]) == (2, 4) and len({row["n"] for row in selected}) > 1
+    for split in ("dev", "test"):
+        own = [row["n"] for row in selected if row["split"] == split]
+        assert about["n"][split] == sum(own) / len(own) <= {"dev": 2, "test": 4}[split]
+    assert point["n"]["mean"] == about["n"]["test"] > 1
+    for row in selected:
+        own = [c for c in candidates if c["prompt_id"] == row["prompt_id"] and c["index"] < row["n"]]
+        best = max(own, key=lambda c: (c["finish_reason"] != "length", c[f"reward/{results['choice']['reward']}"]))
+        assert (row["completion"], row["index"]) == (best["completion"], best["index"])
+    html = (copied / "report.html").read_text(encoding="utf-8")
+    assert "Diamond: each prompt as many answers as it deserves, 4 at most, for a mean of 2 on dev" in html
+    assert f"{point['n']['mean']:.1f} answers on average" in html and any("as each prompt deserves" in line for line in results["headline"])
 
 
 def test_the_second_run_does_nothing(copied):

@@ -97,7 +97,16 @@ def score(reward: str, file: str, output: str) -> None:
     typer.echo(f"{output}: {score_file(reward, file, output)} rows")
 
 
-_stage("bon", "Best-of-N: score the candidates and select: best_of_n/.")
+@app.command(context_settings=PASS_ON)
+def bon(
+    context: Context,
+    config: Config = None,
+    budget: Annotated[float | None, typer.Option(help="mean answers a prompt, each as many as it deserves; by default n for all")] = None,
+) -> None:
+    """Best-of-N: score the candidates and select: best_of_n/."""
+    from irlign.pipeline import run_stage
+
+    run_stage("bon", config, [*_overrides(context), *([] if budget is None else [f"best_of_n.budget={budget}"])])
 
 
 @app.command(context_settings=PASS_ON)

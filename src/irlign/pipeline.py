@@ -201,12 +201,15 @@ def reward(recipe: Recipe, run: Run) -> None:
 
 def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward held to what pi_SFT finds likely, or that
-    likelihood alone, selects among as many answers as a judge that neither has met allows on dev (method.md section 9, last point)."""
+    likelihood alone, selects among as many answers as a judge that neither has met allows on dev (method.md section 9, last point), or
+    with a budget among as many of those as each prompt deserves (optimise/adaptive.py)."""
     learned, weight, selectors, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selectors, recipe.best_of_n.n
     source = recipe.pools.pool if recipe.pools else "sft"
     reads = Path(recipe.reward.backbone) if recipe.pools else run.path("policies/init")  # the judge's features
+    budget = recipe.best_of_n.budget
 
     def build(folder: Path) -> dict[str, Any]:
+        from irlign.optimise.adaptive import stop_early
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.reward.controls import length
@@ -231,19 +234,31 @@ def bon(recipe: Recipe, run: Run) -> None:
         kept = "the first candidate" if source == "candidates" else "SFT"
         choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc, kept=kept, no_judge=no_judge)
         guard_n(choice, recipe.best_of_n.force)
-        selected = select(rows, choice["reward"], choice["n"])
+        used, choice["adaptive"] = {row["prompt_id"]: choice["n"] for row in rows}, None
+        if budget is not None and choice["n"] > 1:
+            used, choice["adaptive"] = stop_early(rows, choice["reward"], choice["n"], budget)
+        selected = select(rows, choice["reward"], used)
         if recipe.pools:
             selected = beside_selection(run.path(f"pools/{source}.parquet"), selected)
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
         write_json(folder / "best_of_n/choice.json", choice)
         say(f"bon: {choice['reward']}, n = {choice['n']}: {choice['why']}")
+        if choice["adaptive"]:
+            say("bon: of these a prompt uses " + ", ".join(f"{n:.2f} on {split}" for split, n in choice["adaptive"]["n"].items()))
         return {"candidates": len(rows), "selected": len(selected), **{key: choice[key] for key in ("reward", "n", "why")}}
 
     run.do(
         "bon",
         build,
-        settings={"n": given, "selectors": selectors, "likelihood": weight, "judge": JUDGE, "chat_template": recipe.data.chat_template},
+        settings={
+            "n": given,
+            "budget": budget,
+            "selectors": selectors,
+            "likelihood": weight,
+            "judge": JUDGE,
+            "chat_template": recipe.data.chat_template,
+        },
         inputs=_inside(
             *dict.fromkeys((f"pools/{source}.parquet", "pools/init.parquet", "data/dev.parquet")),
             *(f"rewards/{name}" for name in _rewards(recipe)),

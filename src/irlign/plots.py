@@ -14,7 +14,7 @@ POINTS = 3000  # at most so many dots in a scatter
 
 def curve_svg(results: Mapping[str, Any]) -> str:
     """Best-of-n against n under the reward that selects, with its interval, and under its parts and the baselines without training;
-    initial policy and demonstrations as lines. The page's table holds the others."""
+    initial policy and demonstrations as lines, a number of answers of its own for each prompt as a diamond. The page's table holds the others."""
     golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["selector"]
     measure = golden or results["heldout"]["rewards"]
     others = (contrast.removesuffix("+likelihood"), "likelihood", "log-ratio", "length")
@@ -27,6 +27,10 @@ def curve_svg(results: Mapping[str, Any]) -> str:
         )
         if own:
             axes.fill_between(n, *(np.array([of[str(k)]["ci95"] for k in n]).T), color=colour, alpha=0.18, lw=0)
+    if point := results["adaptive"]:
+        value = point["golden" if golden else "reward"]
+        error = np.abs(np.array([value["ci95"]]).T - value["mean"])
+        axes.errorbar(point["n"]["mean"], value["mean"], error, color=INK, marker="D", ms=5, lw=1, ls="", label="adaptive")
     for key, style in (("demonstrations", ":"), ("initial", "-.")):
         if measure[key]:
             axes.axhline(measure[key]["mean"], color=INK, lw=1, ls=style, label=key)

@@ -81,6 +81,9 @@ class Recipe(Settings):
             raise ValueError("sft.keep_checkpoints keeps what SFT passes through, and sft_model_name_or_path leaves SFT out")
         if self.best_of_n.n is not None and self.best_of_n.n > self.sampling.num_generations:
             raise ValueError(f"best_of_n.n={self.best_of_n.n} is more than sampling.num_generations={self.sampling.num_generations}")
+        most, budget = self.best_of_n.n or self.sampling.num_generations, self.best_of_n.budget
+        if budget is not None and budget > most:
+            raise ValueError(f"best_of_n.budget={budget:g} is a mean number of answers, and a prompt has {most} at most")
         return self
 
     def _without_weights(self) -> "Recipe":

@@ -31,11 +31,12 @@ def write_report(root: Path, target: Path) -> None:
     golden, heldout, info = results["golden"], results["heldout"], results["run"]
     last, choice = results["curve"]["n"][-1], results["choice"]
     chosen, tuned, base = choice["n"], _tuned(results), results.get("base", "sft")
-    measure = golden or heldout["rewards"]
+    measure, by, point = golden or heldout["rewards"], "golden" if golden else "reward", results["adaptive"]
     tiles = [("Initial policy", measure["initial"]), ("SFT" if chosen > 1 or tuned or base != "sft" else "SFT, kept", measure["sft"])]
     tiles += [("A candidate at random", measure["candidates"])] if base == "candidates" else []
     tiles += [("Aligned, one answer", measure["aligned"])] if tuned else []
     tiles += [(f"Best-of-{chosen}", measure["best_of_n"][str(chosen)])] if chosen > 1 else []
+    tiles += [(f"{point['n']['mean']:.1f} answers on average", point[by])] if point else []
     tiles += [("Demonstrations", measure["demonstrations"])] if measure["demonstrations"] else []
     curves = {f"{name} (selects)" if name == info["selector"] else name: of for name, of in (golden["rewards"] if golden else {}).items()}
     curves |= {"oracle (golden picks)": golden["oracle"]} if golden else {f"{info['selector']} by its own measure": measure["best_of_n"]}
@@ -55,7 +56,7 @@ def write_report(root: Path, target: Path) -> None:
         "golden": golden is not None,
         "prompts": len(rows),
         "curve_svg": safe(curve_svg(results)),
-        "curve_caption": _curve_caption(golden, len(rows)) + _selects(choice),
+        "curve_caption": _curve_caption(golden, len(rows)) + _adaptive(choice["adaptive"], point, by) + _selects(choice),
         "gao": _gao(results["curve"]["gao"], last),
         "length_svg": safe(length_svg(candidates, info["selector"])),
         "length_caption": _length_caption(heldout, len(candidates), "SFT answers" if base == "sft" else "candidates"),
@@ -120,6 +121,22 @@ def _measure_words(golden: Mapping[str, Any] | None) -> str:
 def _curve_caption(golden: Mapping[str, Any] | None, prompts: int) -> str:
     what = "Golden value" if golden else "The reward that selects"
     return f"{what} of Best-of-n, expected over subsets of each prompt's pool; band: 95% interval over {prompts} prompts."
+
+
+def _adaptive(choice: Mapping[str, Any] | None, point: Mapping[str, Any] | None, by: str) -> str:
+    """Best-of-n with a number of answers of its own for each prompt, and the same tokens spent alike."""
+    if choice is None or point is None:
+        return ""
+    n, equal = point["n"], point["equal_tokens"]
+    return (
+        f" Diamond: each prompt as many answers as it deserves, {choice['most']} at most, for a mean of {choice['budget']:g} on dev: here {n['mean']:.2f} "
+        f"{_ci(n['ci95'])} answers and {point['tokens']['mean']:.0f} tokens a prompt give {point[by]['mean']:.2f} {_ci(point[by]['ci95'])}, the same tokens "
+        f"spent alike (n = {equal['n']:.2f}) {equal[by]['mean']:.2f} {_ci(equal[by]['ci95'])}."
+    )
+
+
+def _ci(interval: Sequence[float]) -> str:
+    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _selects(choice: Mapping[str, Any]) -> str:

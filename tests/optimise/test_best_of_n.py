@@ -45,6 +45,7 @@ def test_the_highest_reward_wins_and_the_named_one_decides():
             "completion": " answer 1. cut",
             "reward": 3.0,
             "index": 1,
+            "n": 3,
             "finish_reason": "eos",
         }
     ]
@@ -69,6 +70,13 @@ def test_only_the_first_n_count():
     with pytest.raises(DataError, match="3 candidates, and best_of_n") as caught:
         _select([0.0, 1.0, 9.0], n=4)
     assert ASK.prompt_id in str(caught.value)
+
+
+def test_each_prompt_may_have_its_own_n():
+    rows = candidate_rows([*_pool(ASK, ["eos"] * 3), *_pool(TALK, ["eos"] * 3)], {"r": np.array([1.0, 2.0, 3.0] * 2)})
+    assert [(r["index"], r["n"]) for r in select(rows, "r", {ASK.prompt_id: 1, TALK.prompt_id: 2})] == [(0, 1), (1, 2)]
+    with pytest.raises(DataError, match="asks for 4"):
+        select(rows, "r", {ASK.prompt_id: 1, TALK.prompt_id: 4})
 
 
 def test_each_prompt_has_its_own_answer_in_order():

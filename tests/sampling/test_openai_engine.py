@@ -14,12 +14,11 @@ from irlign import endpoint
 from irlign.config import load_recipe
 from irlign.endpoint import Malformed
 from irlign.errors import ConfigError, DataError, ModelError
-from irlign.evaluate.results import _likelihood
 from irlign.files import read_table
 from irlign.pipeline import run
 from irlign.preflight import preflight
 from irlign.recipe import Recipe
-from irlign.records import Prompt, Sample
+from irlign.records import Prompt, Sample, mean_logprobs
 from irlign.runs import request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
 from irlign.sampling.openai_engine import OpenAIEngine, read_answer
@@ -191,7 +190,7 @@ def test_malformed_answers(body):
 
 def test_an_unknown_log_probability_is_none_downstream():
     known, unknown = (Sample(PROMPTS[0], 0, "x", "eos", 2, value) for value in (-1.0, None))
-    assert _likelihood([known, known]).tolist() == [-0.5, -0.5] and _likelihood([known, unknown]) is None
+    assert mean_logprobs([known, known]).tolist() == [-0.5, -0.5] and mean_logprobs([known, unknown]) is None
     assert Sample.from_row(unknown.to_row()) == unknown
 
 

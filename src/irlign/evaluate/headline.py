@@ -39,6 +39,7 @@ def _measured(results: Mapping[str, Any]) -> list[str]:
         lines = [f"{kept} {_forgone(results, last)}"] if last > 1 else [kept]
     else:
         lines = [_compared(results, k, how if k == n else "") for k in dict.fromkeys((n, last)) if k > 1]
+        lines += _adaptive(results)
     best = results["curve"]["best_n"]
     top, end = golden["best_of_n"][str(best)]["mean"], golden["best_of_n"][str(last)]["mean"]
     if top - end > 1e-9:  # a flat curve has its top anywhere
@@ -120,6 +121,21 @@ def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
         "worse": f"Best-of-{n}{how} is worse than {one}: {amount}. Use {'the SFT policy' if base == 'sft' else 'no selection'}, or a smaller n.",
         "unclear": f"Best-of-{n}{how} is not shown to beat {one}: {amount}.",
     }[verdict(test)]
+
+
+def _adaptive(results: Mapping[str, Any]) -> list[str]:
+    """What a number of answers of its own for each prompt gives (`best_of_n.budget`); nothing where there is none."""
+    point = results.get("adaptive")
+    if not point:
+        return []
+    gain, equal = (find_test(results, "adaptive", other) for other in ("sft", "best_of_equal_tokens"))
+    assert gain is not None and equal is not None
+    words = {"better": "more than", "worse": "less than", "unclear": "not shown to be other than"}[verdict(equal)]
+    return [
+        f"Selected among as many answers as each prompt deserves, {point['n']['mean']:.1f} on average: {gain['mean_difference']:+.2f} "
+        f"{_ci(gain['ci95'])} over SFT, {words} the same tokens spent alike on all prompts (n = {point['equal_tokens']['n']:.1f}): "
+        f"{equal['mean_difference']:+.2f} {_ci(equal['ci95'])}."
+    ]
 
 
 def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:

@@ -59,7 +59,8 @@ class Group:
 
 class Evaluation:
     """Everything measured on one run's test prompts. `selector` names the reward that Best-of-N selected by, `learned` the trained
-    one in it (None: the same), `chosen` the n that was used (None: the whole pool).
+    one in it (None: the same), `chosen` the n that was used (None: the whole pool), `used` the answers of the pool that selection looked at
+    (None: the first `chosen` of each prompt).
 
     `pool` is pi_SFT's pool with N answers for each prompt, `initial` pi_0's, `demonstrations` may be empty, `aligned` is missing where no
     policy was optimised. Best-of-n values are the exact expectations over subsets of the pool (method.md section 4), so n = 1 is the mean
@@ -78,6 +79,7 @@ class Evaluation:
         learned: str | None = None,
         aligned: Group | None = None,
         sft: Group | None = None,
+        used: np.ndarray | None = None,
     ):
         drawn = {"sft": pool} if sft is None else {"sft": sft, "candidates": pool}
         self.base = list(drawn)[-1]
@@ -88,14 +90,15 @@ class Evaluation:
         self.largest = min(len(of) for of in pool.by_prompt(pool.finished).values())
         self.chosen = min(chosen or self.largest, self.largest)
         self.n = sorted({*statistics.powers_of_two(self.largest), self.chosen})
+        self.used = self._first() if used is None else np.asarray(used, dtype=bool)
 
     def estimate(self, values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
         """E of one value for each prompt, or None without values."""
         return statistics.estimate(values, resamples=self.resamples, seed=self.seed).to_json() if len(values) else None
 
-    def curve(self, selecting: np.ndarray, measured: Sequence[float] | np.ndarray) -> np.ndarray:
+    def curve(self, selecting: np.ndarray, measured: Sequence[float] | np.ndarray, points: Sequence[int] | None = None) -> np.ndarray:
         """Expected `measured` of the pick among n by `selecting`, shape [P, n]; a finished answer always comes first."""
-        return self._curve(self.pool, selecting, measured, self.n)
+        return self._curve(self.pool, selecting, measured, points or self.n)
 
     def _curve(self, group: Group, selecting: np.ndarray, measured: Sequence[float] | np.ndarray, points: Sequence[int]) -> np.ndarray:
         keys, values, done = (group.by_prompt(v) for v in (selecting, measured, group.finished))
@@ -167,7 +170,7 @@ class Evaluation:
         is not known."""
         if self.pool.likelihood is None:
             return []
-        pools, picks = self.pool.by_prompt(self.pool.likelihood), self._best()
+        pools, picks = self.pool.by_prompt(self.pool.likelihood), self.best()
         return [float(self.pool.likelihood[picks[p]] < pools[p].mean() - 2 * pools[p].std()) for p in self.prompts]
 
     def _sources(self, values: Any) -> dict[str, Any]:
@@ -192,16 +195,20 @@ class Evaluation:
         found = [statistics.spearman(a[p], b[p]) for p in self.prompts]
         return self.estimate([value for value in found if value is not None])
 
-    def _best(self) -> dict[str, int]:
-        """The row of the pick among each prompt's first `chosen` answers: finished first, then the reward, then the first drawn."""
-        scores = self.pool.rewards[self.selector]
-        picks: dict[str, int] = {}
-        seen: dict[str, int] = {}
+    def _first(self) -> np.ndarray:
+        """Which rows are among the first `chosen` of their prompt. Shape [rows]."""
+        seen, found = dict[str, int](), np.zeros(len(self.pool.prompt_ids), dtype=bool)
         for i, p in enumerate(self.pool.prompt_ids):
             seen[p] = seen.get(p, 0) + 1
-            if seen[p] > self.chosen:
-                continue
-            rank = (bool(self.pool.finished[i]), scores[i])
+            found[i] = seen[p] <= self.chosen
+        return found
+
+    def best(self) -> dict[str, int]:
+        """The row of the pick among each prompt's `used` answers: finished first, then the reward, then the first drawn."""
+        scores = self.pool.rewards[self.selector]
+        picks: dict[str, int] = {}
+        for i in np.flatnonzero(self.used).tolist():
+            p, rank = self.pool.prompt_ids[i], (bool(self.pool.finished[i]), scores[i])
             if p not in picks or rank > (bool(self.pool.finished[picks[p]]), scores[picks[p]]):
                 picks[p] = i
         return picks
@@ -209,7 +216,7 @@ class Evaluation:
     def _distinct(self) -> dict[str, Any]:
         """Distinct-2 over one answer for each prompt, so that all sources are counted alike; no interval."""
         chosen = {name: [group.texts[i] for i in group.first().values()] for name, group in self.groups.items()}
-        chosen["best_of_n"] = [self.pool.texts[i] for i in self._best().values()]
+        chosen["best_of_n"] = [self.pool.texts[i] for i in self.best().values()]
         return {
             name: {"mean": statistics.distinct_n(texts), "ci95": None, "prompts": len(texts)} if texts else None
             for name, texts in chosen.items()
@@ -232,7 +239,7 @@ class Evaluation:
         found: list[dict[str, Any]] = [
             {"prompt_id": p, "prompt": prompts[p], **{key: of[i] for key, of in columns.items()}} for i, p in enumerate(self.prompts)
         ]
-        picks = {**{name: group.first() for name, group in self.groups.items()}, "best_of_n": self._best()}
+        picks = {**{name: group.first() for name, group in self.groups.items()}, "best_of_n": self.best()}
         for row in found:
             for name, pick in picks.items():
                 group, i = self.groups.get(name, self.pool), pick.get(row["prompt_id"])

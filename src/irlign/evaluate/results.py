@@ -1,11 +1,13 @@
 """A run's stored answers become evaluation/results.json: read, scored by what never trained, measured."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from irlign.data.splits import stored_demonstrations
+from irlign.evaluate.equal_tokens import adaptive_point
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.headline import headline
 from irlign.evaluate.judge import judge_pairs
@@ -84,6 +86,7 @@ def measure(
         settings=settings,
         seed=run.seed,
         chosen=choice["n"],
+        used=_used(run, candidate_rows),
     )
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", learned, "reward.json"))
@@ -94,6 +97,8 @@ def measure(
         "judge": measured.judged(),
         "demonstration_nll": nll,
     }
+    tests = measured.tests("golden" if golden else selector)
+    adaptive, more = adaptive_point(measured, np.array([s.tokens for s in pool])) if choice["adaptive"] else (None, [])
     results = {
         "golden": truth,
         "heldout": heldout,
@@ -101,7 +106,8 @@ def measure(
         "choice": choice,
         "optimise": optimised,
         "base": measured.base,
-        "tests": measured.tests("golden" if golden else selector),
+        "adaptive": adaptive,
+        "tests": [*tests, *more],
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
@@ -118,6 +124,13 @@ def _pairwise(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], set
     pairs += [("best_of_n", base)] if choice["n"] > 1 else []
     options: dict[str, Any] = {"resamples": settings.resamples, "seed": run.seed}
     return judge_pairs(rows, [*pairs, ("sft", "initial")], settings.judge, run.path(JUDGED), **options)
+
+
+def _used(run: Run, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Which candidates selection looked at: the first `n` of each prompt in selected.jsonl. Shape [rows]."""
+    with run.path("best_of_n/selected.jsonl").open(encoding="utf-8") as lines:
+        n = {row["prompt_id"]: row["n"] for row in map(json.loads, lines)}
+    return np.array([row["index"] < n[row["prompt_id"]] for row in rows])
 
 
 def _aligned(optimised: Mapping[str, Any] | None, sft: Group, samples: Callable[[], Group]) -> Group | None:

@@ -20,6 +20,11 @@ class BestOfNSettings(Settings):
     """Selection from the pool of pi_SFT on dev and test prompts."""
 
     n: int | None = Field(None, ge=1, description="answers to choose among; null = chosen without labels on the dev prompts")
+    budget: float | None = Field(
+        None,
+        ge=1,
+        description="mean number of answers a prompt, each as many as it deserves, n at most (docs/adaptive.md); null = n for all",
+    )
     force: bool = Field(False, description="select with an n above what the judge would take; `--force` says the same")
     likelihood: float = Field(
         1.0,
@@ -59,19 +64,22 @@ def merit(row: Mapping[str, Any], reward: str) -> tuple[bool, float, int]:
     return row["finish_reason"] != "length", row[f"{SCORE}{reward}"], -row["index"]
 
 
-def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[str, Any]]:
-    """The answer with the highest reward among the first n of each prompt; one cut at the limit never beats a finished
-    one, and of equal ones the first drawn wins. Rows of selected.jsonl. Raises DataError where a prompt has fewer than n.
+def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int | Mapping[str, int]) -> list[dict[str, Any]]:
+    """The answer with the highest reward among the first n of each prompt, one n for all or each its own; one cut at the limit
+    never beats a finished one, and of equal ones the first drawn wins. Rows of selected.jsonl. Raises DataError where a prompt has fewer.
     """
+    most = n if isinstance(n, Mapping) else {row["prompt_id"]: n for row in rows}
     by_prompt: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["index"] < n:
+        if row["index"] < most[row["prompt_id"]]:
             by_prompt[row["prompt_id"]].append(row)
     selected = []
     for prompt_id, pool in by_prompt.items():
-        if len(pool) < n:
+        if len(pool) < most[prompt_id]:
             raise DataError(
-                f"{len(pool)} candidates, and best_of_n.n asks for {n}", where=f"prompt {prompt_id}", do="lower it or draw more"
+                f"{len(pool)} candidates, and best_of_n.n asks for {most[prompt_id]}",
+                where=f"prompt {prompt_id}",
+                do="lower it or draw more",
             )
         best = max(pool, key=lambda row: merit(row, reward))
         prompt = json.loads(best["prompt"]) if best["conversational"] else best["prompt"]
@@ -83,6 +91,7 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int) -> list[dict[
                 "completion": best["completion"],
                 "reward": best[f"{SCORE}{reward}"],
                 "index": best["index"],
+                "n": most[prompt_id],
                 "finish_reason": best["finish_reason"],
             }
         )

@@ -12,7 +12,7 @@ from irlign.endpoint import EndpointSettings, Url, check_client
 from irlign.errors import ConfigError
 from irlign.records import Prompt, Sample
 
-ENGINES = ("transformers", "openai")
+ENGINES = ("transformers", "openai", "vllm")
 NO_MATTER = ("max_concurrency", "timeout_s", "max_retries", "price_in", "price_out", "api_key_env")  # they change no answer
 
 
@@ -50,10 +50,20 @@ class OpenAISettings(EndpointSettings):
         return self.policies[policy]
 
 
+class VLLMSettings(Settings):
+    """engine=vllm: vLLM in a process of its own."""
+
+    python: str | None = Field(None, description="the Python that has vLLM; null = $IRLIGN_VLLM_PYTHON, or the one that runs this")
+    args: dict[str, Any] = Field(default_factory=dict, description="passed on to vLLM's LLM(...): {gpu_memory_utilization: 0.7, ...}")
+
+
 class SamplingSettings(Settings):
     """How answers are drawn. Every field is passed explicitly, so a model's own generation_config never narrows it."""
 
-    engine: str = Field("transformers", description="what draws the samples: transformers (in process, CPU or GPU) or openai (an endpoint)")
+    engine: str = Field(
+        "transformers",
+        description="what draws the samples: transformers (in process, CPU or GPU), vllm (a process of its own) or openai (an endpoint)",
+    )
     num_generations: int = Field(16, ge=1, description="N: samples of pi_SFT for each dev and test prompt (the Best-of-N pool)")
     train_generations: int = Field(4, ge=1, description="samples of each policy for each train prompt, for the reward")
     initial_generations: int = Field(4, ge=1, description="samples of pi_0 for each dev and test prompt, for evaluation")
@@ -67,13 +77,16 @@ class SamplingSettings(Settings):
     part_prompts: int = Field(64, ge=1, description="prompts in one stored part: the unit of resume")
     max_cut_share: float = Field(0.5, ge=0, le=1, description="guard: error when more of pi_SFT's answers are cut at the limit")
     openai: OpenAISettings = Field(default_factory=OpenAISettings, description="engine=openai: where the models are")
+    vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="engine=vllm: its Python and its arguments")
 
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that the samples depend on: a longer timeout or a known price draws nothing again."""
-        left_out: dict[str, Any] = (
-            {"openai": set(NO_MATTER), "dtype": True, "batch_size": True} if self.engine == "openai" else {"openai": True}
-        )
+        left_out: dict[str, Any] = {"openai": True, "vllm": True}
+        if self.engine == "openai":
+            left_out |= {"openai": set(NO_MATTER), "dtype": True, "batch_size": True}
+        elif self.engine == "vllm":
+            left_out["vllm"] = {"python"}
         return self.model_dump(mode="json", exclude=left_out)
 
 
@@ -129,13 +142,18 @@ class Engine(Protocol):
 
 
 def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> None:
-    """Raises ConfigError on an unknown engine, and where the endpoint's client, its address or the model for a policy is missing."""
+    """Raises ConfigError on an unknown engine, and where the endpoint's client, its address or the model for a policy is missing, or
+    the Python that has vLLM."""
     if settings.engine not in ENGINES:
         raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do=f"use {' or '.join(ENGINES)}")
     if settings.engine == "openai":
         check_client()
         for policy in policies:
             settings.openai.address(settings.openai.served(policy).base_url, "sampling.openai")
+    if settings.engine == "vllm":
+        from irlign.sampling.vllm_engine import vllm_python
+
+        vllm_python(settings)
 
 
 def load_engine(
@@ -151,6 +169,10 @@ def load_engine(
         from irlign.sampling.openai_engine import served_policy
 
         return served_policy(policy, settings, chat_template, settled, drawn)
+    if settings.engine == "vllm":
+        from irlign.sampling.vllm_engine import VLLMEngine
+
+        return VLLMEngine(policy, settings, chat_template, settled)
     from irlign.sampling.transformers_engine import TransformersEngine
 
     return TransformersEngine(policy, settings, chat_template, settled)

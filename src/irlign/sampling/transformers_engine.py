@@ -24,6 +24,7 @@ from irlign.machine import free_memory
 from irlign.policy.load import load_policy
 from irlign.records import FinishReason, Sample
 from irlign.sampling.decoder import Decoder, Room, Row
+from irlign.sampling.ending import ending
 from irlign.sampling.engine import Drawn, Request, SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
 from irlign.training import bf16_pays
@@ -147,16 +148,4 @@ class TransformersEngine:
         return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), None)]
 
     def _finish(self, prompt: Sequence[int], ids: list[int]) -> tuple[str, FinishReason, int]:
-        """The text, why it ended, and how many of the drawn tokens it took (its EOS or stop string included)."""
-        ended = bool(ids) and ids[-1] in self.eos_ids
-        body = ids[:-1] if ended else ids
-        text = self.format.decode_completion(prompt, body)
-        cuts = [text.index(stop) for stop in self.settings.stop if stop in text]
-        if not cuts:
-            return text, ("eos" if ended else "length"), len(ids)
-        low, high = 1, len(body)  # the fewest tokens whose text already holds a stop string
-        while low < high:
-            middle = (low + high) // 2
-            shorter = self.format.decode_completion(prompt, body[:middle])
-            low, high = (low, middle) if any(stop in shorter for stop in self.settings.stop) else (middle + 1, high)
-        return text[: min(cuts)], "stop", low
+        return ending(self.format, prompt, ids, eos_ids=self.eos_ids, stop=self.settings.stop)
