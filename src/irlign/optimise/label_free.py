@@ -142,7 +142,7 @@ def choose_n(curve: Curve, looks: int | None = None) -> int:
     """
     shown_n = shown(curve.gains, looks)
     careful = int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())
-    bold = [k for k in np.flatnonzero(shown_n & curve.likelier) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
+    bold = [int(k) for k in np.flatnonzero(shown_n & curve.likelier) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
     return curve.n[max([careful, *bold])]
 
 
