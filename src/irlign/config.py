@@ -192,11 +192,12 @@ def _parse_value(text: str, override: str) -> Any:
 
 
 def _full_key(model: type[BaseModel], key: Key, text: str) -> Key:
-    """The key with its section; a leaf that stands in exactly one section is enough."""
+    """The key with its section; a leaf that stands in exactly one section is enough, sections within sections aside."""
     keys = set(_keys(model))
     if key in keys or len(key) > 1:
         return key
-    found = sorted(k for k in keys if k[-1] == key[0])
+    named = sorted(k for k in keys if k[-1] == key[0])
+    found = [k for k in named if len(k) == min(map(len, named))]
     if len(found) > 1:
         raise ConfigError(
             f"{key[0]} stands in {len(found)} sections", where=f"override {text}", do=f"write {_either(map('.'.join, found))}"
@@ -286,7 +287,8 @@ def _neighbours(key: Key, keys: set[Key]) -> list[str]:
     keys = keys - {key}  # a key of another choice of this section is unknown too
     beside = [k[-1] for k in keys if k[:-1] == key[:-1]]
     close = [".".join((*key[:-1], name)) for name in difflib.get_close_matches(key[-1], sorted(beside), 3)]
-    elsewhere = sorted(".".join(k) for k in keys if k[-1] == key[-1].split(".")[-1])
+    named = [k for k in keys if k[-1] == key[-1].split(".")[-1]]
+    elsewhere = sorted(".".join(k) for k in named if len(k) == min(map(len, named)))
     if not close and not elsewhere:
         elsewhere = sorted(".".join(k) for k in keys if k[-1] in difflib.get_close_matches(key[-1], sorted({k[-1] for k in keys}), 2))
     return list(dict.fromkeys([*close, *elsewhere]))[:4]
