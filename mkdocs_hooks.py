@@ -8,6 +8,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
 FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ROOT_LINK = re.compile(rf"\]\((?:\.\./)*({'|'.join(map(re.escape, FROM_ROOT))})\)")
 SOURCE = re.compile(r"\[`([^`\]]+)`\]\((?:\.\./)*src/irlign/([\w/]+)\.py\)")
 
 
@@ -29,7 +30,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """[`train_sft`](../src/irlign/policy/sft.py) leads to that function in the API reference, a link with another text to its file."""
+    """[`train_sft`](../src/irlign/policy/sft.py) leads to that function in the API reference, a link with another text to its file; links to
+    files of the root lead to their pages."""
     up = "../" * page.file.src_uri.count("/")
 
     def target(link: re.Match[str]) -> str:
@@ -37,4 +39,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         part = link[2].split("/")[0] if "/" in link[2] else "index"
         return f"[`{text}`]({up}api/{part}.md#{module}{f'.{text}' if text.isidentifier() else ''})"
 
-    return SOURCE.sub(target, markdown)
+    return SOURCE.sub(target, ROOT_LINK.sub(lambda link: f"]({up}{FROM_ROOT[link[1]]})", markdown))

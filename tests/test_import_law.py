@@ -37,7 +37,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "preflight": SPINE | {"endpoint", "training", "policy", "sampling", "optimise", "evaluate", "recipe"},
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
     "first_recipe": {"config", "errors", "recipe"},
-    "plan": SPINE | {"costs", "sizes", "training", "optimise", "recipe"},
+    "plan": SPINE | {"costs", "sizes", "training", "reward", "optimise", "recipe"},
     "black_box": SPINE | {"data", "sampling", "reward", "recipe"},
     "pipeline": SPINE
     | {
