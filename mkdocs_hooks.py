@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent
 FROM_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ROOT_LINK = re.compile(rf"\]\((?:\.\./)*({'|'.join(map(re.escape, FROM_ROOT))})\)")
+REMOTE = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>")
 SOURCE = re.compile(r"\[`([^`\]]+)`\]\((?:\.\./)*src/irlign/([\w/]+)\.py\)")
 
 
@@ -40,3 +42,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"[`{text}`]({up}api/{part}.md#{module}{f'.{text}' if text.isidentifier() else ''})"
 
     return SOURCE.sub(target, ROOT_LINK.sub(lambda link: f"]({up}{FROM_ROOT[link[1]]})", markdown))
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Raises PluginError where a page would load anything from elsewhere: the site has to work offline."""
+    for page in Path(config["site_dir"]).rglob("*.html"):
+        if found := REMOTE.search(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page}: {found[0]} is not here")

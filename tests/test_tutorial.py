@@ -14,6 +14,8 @@ from small import small_recipe
 
 from irlign.cli import main
 
+pytestmark = pytest.mark.slow  # 17 s of a core
+
 DOCS = Path(__file__).parents[1] / "docs"
 SMALLER = ["sampling.max_cut_share=1", "reward.max_leak_accuracy=1", "sampling.num_generations=4", "evaluation.resamples=200"]
 SMALLER += [f"{stage}.num_train_epochs=1" for stage in ("sft", "reward", "optimise")]
