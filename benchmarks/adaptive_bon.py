@@ -25,6 +25,7 @@ from irlign.files import read_table
 from irlign.optimise.adaptive import answers_taken, cost_of, expected_gains, laws_of
 from irlign.optimise.label_free import choose, judged_curve
 from irlign.recipe import as_recipe
+from irlign.records import mean_logprobs
 from irlign.reward.publish import held_to_likelihood
 from irlign.runs import Run
 from irlign.sampling.pools import stored_samples
@@ -48,8 +49,8 @@ def selecting_reward(run: Run, name: str, prompt_ids: Sequence[str], dev: np.nda
     known = [p if own else None for p, own in zip(prompt_ids, dev, strict=True)]
     rewards = {"held": held_to_likelihood(learned, nats / tokens, known, 1.0)[0], "alone": nats / tokens}
     ids = [p for p in known if p is not None]
-    curves = {of: judged_curve(ids, values[dev], judged[dev], finished[dev]) for of, values in rewards.items()}
-    return rewards[choose(curves["held"][0], {of: gains for of, (_, gains) in curves.items()})[0]]
+    likely = mean_logprobs(stored_samples(run, "sft", "dev"))
+    return rewards[choose({of: judged_curve(ids, values[dev], judged[dev], finished[dev], likely) for of, values in rewards.items()})[0]]
 
 
 def measure(folder: Path, name: str = CHOSEN) -> np.ndarray:

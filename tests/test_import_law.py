@@ -39,10 +39,12 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "first_recipe": {"config", "errors", "recipe"},
     "plan": SPINE | {"costs", "sizes", "training", "reward", "optimise", "recipe"},
     "black_box": SPINE | {"data", "sampling", "reward", "recipe"},
+    "inputs": SPINE | {"black_box", "preflight", "data", "policy", "sampling", "recipe"},
     "pipeline": SPINE
     | {
         "black_box",
         "preflight",
+        "inputs",
         "data",
         "worlds",
         "policy",
@@ -58,7 +60,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
-    "cli": SPINE | {"recipe", "first_recipe", "plan", "pipeline", "arena", "serve"},
+    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }

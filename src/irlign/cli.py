@@ -56,7 +56,7 @@ def init(context: Context, file: Annotated[str, typer.Argument(help="the recipe 
 @app.command(context_settings=PASS_ON)
 def validate(context: Context, config: Config = None) -> None:
     """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
-    from irlign.pipeline import validate as check
+    from irlign.inputs import validate as check
 
     text, problem = check(config, _overrides(context))
     typer.echo(text)

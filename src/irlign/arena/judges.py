@@ -82,7 +82,7 @@ def gao(curve: Curve) -> int:
     return at[0] if shown(curve.gains)[curve.n.index(at[0])] else 1
 
 
-def chosen_by(judge_of: Judge, rule: Rule = choose_n) -> Callable[[Cell, np.ndarray], int]:
+def chosen_by(judge_of: Judge, rule: Rule = highest) -> Callable[[Cell, np.ndarray], int]:
     return lambda cell, scores: rule(cell.judged_curve(scores, judge_of(cell)))
 
 
@@ -107,8 +107,8 @@ def two_sample(cell: Cell, scores: np.ndarray) -> int:
 
 JUDGE = by(Cell.judged)
 WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
-    "judge": chosen_by(JUDGE),
-    "judge (highest mean)": chosen_by(JUDGE, highest),
+    "judge": chosen_by(JUDGE, choose_n),
+    "judge (highest mean)": chosen_by(JUDGE),
     "judge (lower bound)": chosen_by(JUDGE, lower_bound),
     "judge (mean less one error)": chosen_by(JUDGE, one_error),
     "judge (smallest within one error)": chosen_by(JUDGE, simplest),
