@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
+DOCS := .venv-docs
 
-.PHONY: quickstart test test-slow test-vllm fuzz lint setup
+.PHONY: quickstart test test-slow test-vllm fuzz lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -40,8 +41,17 @@ $(VLLM)/.installed: constraints-vllm.txt
 test-vllm: setup $(VLLM)/.installed
 	IRLIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
 
+# The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
+$(DOCS)/.installed: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --requirement constraints-docs.txt
+	touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
 lint: setup
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks mkdocs_hooks.py
+	$(BIN)/ruff format --check src tests benchmarks mkdocs_hooks.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_law.py

@@ -36,7 +36,8 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
     "preflight": SPINE | {"endpoint", "training", "policy", "sampling", "optimise", "evaluate", "recipe"},
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
-    "plan": SPINE | {"costs", "sizes", "training", "optimise", "recipe"},
+    "first_recipe": {"config", "errors", "recipe"},
+    "plan": SPINE | {"costs", "sizes", "training", "reward", "optimise", "recipe"},
     "black_box": SPINE | {"data", "sampling", "reward", "recipe"},
     "inputs": SPINE | {"black_box", "preflight", "data", "policy", "sampling", "recipe"},
     "pipeline": SPINE
@@ -59,7 +60,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
-    "cli": SPINE | {"recipe", "inputs", "plan", "pipeline", "arena", "serve"},
+    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }
@@ -75,6 +76,7 @@ NO_TORCH = {
         "progress",
         "endpoint",
         "recipe",
+        "first_recipe",
         "preflight",
         "report",
         "plots",

@@ -14,7 +14,6 @@ from irlign.progress import hush
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Alignment of language models from demonstrations, through inverse reinforcement learning.",
@@ -39,6 +38,18 @@ def run(context: Context, config: Config = None) -> None:
 
     results = run_chain(config, _overrides(context))
     for line in results["headline"]:
+        typer.echo(line)
+
+
+@app.command(context_settings=PASS_ON)
+def init(context: Context, file: Annotated[str, typer.Argument(help="the recipe to write")] = "recipe.yaml") -> None:
+    """A commented recipe from a few questions, written to FILE; key=value answers one, and without a terminal none is asked."""
+    from irlign.first_recipe import write_recipe
+
+    words = [*([file] if "=" in file or file.startswith("-") else []), *context.args]
+    path = Path("recipe.yaml" if words[:1] == [file] else file)
+    missing = write_recipe(path, words, _ask if sys.stdin.isatty() else None)
+    for line in (*(f"{path}: {key} has no value yet" for key in missing), f"{path}: written. Next: irlign validate --config {path}"):
         typer.echo(line)
 
 
@@ -71,6 +82,10 @@ def plan(
     context.args = words
     given: dict[str, Any] = {"flops": flops, "prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
     typer.echo(plan_run(config, _overrides(context), **given))
+
+
+def _ask(question: str, default: str) -> str:
+    return str(typer.prompt(question, default, show_default=bool(default)))
 
 
 def _stage(name: str, text: str) -> None:

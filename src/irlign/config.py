@@ -74,8 +74,8 @@ def load_recipe(model: type[Model], source: str | Path | Mapping[str, Any] | Non
         values = dict(source)
     elif source is not None:
         values, places = _read_yaml(Path(source))
-    for text, key, value in _parse_overrides(model, overrides):
-        _assign(values, key, value)
+    for text, key, value in parse_overrides(model, overrides):
+        assign(values, key, value)
         places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: f"override {text}"}
     try:
         return model.model_validate(values)
@@ -161,7 +161,7 @@ def _note_lines(node: yaml.MappingNode, path: Path, prefix: Key, places: dict[Ke
             _note_lines(value_node, path, (*prefix, key), places)
 
 
-def _parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterator[tuple[str, Key, Any]]:
+def parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterator[tuple[str, Key, Any]]:
     """Each override as its text, its full key and its value."""
     rest = list(overrides)
     while rest:
@@ -205,7 +205,7 @@ def _full_key(model: type[BaseModel], key: Key, text: str) -> Key:
     return found[0] if found else key
 
 
-def _assign(values: dict[str, Any], key: Key, value: Any) -> None:
+def assign(values: dict[str, Any], key: Key, value: Any) -> None:
     """Set a dotted key. A section given as one word (`world: dialogue`) is a mapping with that `name`."""
     here = values
     for part in key[:-1]:

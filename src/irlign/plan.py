@@ -15,6 +15,7 @@ from irlign.machine import has_cuda
 from irlign.optimise.label_free import EXCHANGED, FEWEST
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
+from irlign.reward.contrasts import CONTRASTS
 from irlign.sizes import Sizes, assumed_sizes, file_sizes, measured_speed, shape_of, world_sizes
 from irlign.training import TrainerSettings
 
@@ -96,8 +97,7 @@ def _pairs(recipe: Recipe, sizes: Sizes, split: str) -> float:
     s, worse = recipe.sampling, 1 + len(recipe.sft.kept)
     init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
     sides = {"init": init * worse, "sft": sft, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
-    of = {"init-sft": ("sft", "init"), "init-demo": ("demonstrations", "init"), "sft-demo": ("demonstrations", "sft")}
-    each = [pairs(*(sides[side] for side in of[name])) if name in of else 1.0 for name in recipe.reward.weights]  # preference: one
+    each = [pairs(*(sides.get(side, 1.0) for side in CONTRASTS[name])) for name in recipe.reward.weights]  # preference: one
     return sum(each) * sizes.prompts[split]
 
 

@@ -8,7 +8,7 @@ answer that was cut at the limit is shortened to its last whole sentence, all an
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from irlign.data.sentences import last_whole_sentence, sentences
 from irlign.errors import DataError, GuardError
 from irlign.records import Contrast, Demonstration, Preference, Prompt, Sample
 
-CONTRASTS = {
+ContrastName = Literal["init-sft", "init-demo", "sft-demo", "preference"]
+CONTRASTS: dict[str, tuple[str, str]] = {  # better, worse
     "init-sft": ("sft", "init"),
     "init-demo": ("demonstrations", "init"),
     "sft-demo": ("demonstrations", "sft"),

@@ -9,12 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from irlign.data.chat import Encoded, context_length, pad
 from irlign.records import Contrast
+from irlign.reward.contrasts import ContrastName
 from irlign.reward.model import Classifier, RewardModel
 from irlign.reward.objectives import LOSSES
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
 
 Row = TypeVar("Row")
-ContrastName = Literal["init-sft", "init-demo", "sft-demo", "preference"]
 
 
 class RewardSettings(TrainerSettings):
