@@ -33,8 +33,8 @@ def test_a_recipe_and_its_overrides(tmp_path):
 
 
 def test_a_bare_key_finds_its_one_section(tmp_path):
-    recipe = _load("world: dialogue\n", tmp_path, "train_generations=3", "world.heterogeneity=0.5", "--sft.use_peft")
-    assert recipe.sampling.train_generations == 3 and recipe.world.heterogeneity == 0.5 and recipe.sft.use_peft
+    recipe = _load("world: dialogue\n", tmp_path, "num_generations=3", "world.heterogeneity=0.5", "--sft.use_peft")
+    assert recipe.sampling.num_generations == 3 and recipe.world.heterogeneity == 0.5 and recipe.sft.use_peft
     assert "stands in 4 sections" in _error("world: dialogue\n", tmp_path, "learning_rate=1")
 
 
@@ -42,7 +42,7 @@ def test_a_bare_key_finds_its_one_section(tmp_path):
     ("text", "message"),
     [
         ("sft:\n  learnig_rate: 1\nworld: dialogue\n", "/r.yaml:2: unknown key sft.learnig_rate\n  did you mean sft.learning_rate?"),
-        ("world: dialogue\ntrain_generations: 4\n", "/r.yaml:2: unknown key train_generations\n  did you mean sampling.train_generations?"),
+        ("world: dialogue\nnum_generations: 4\n", "/r.yaml:2: unknown key num_generations\n  did you mean sampling.num_generations?"),
         ("world: dialogue\nseed: -1\n", "/r.yaml:2: seed: expected greater than or equal to 0, got -1"),
         ("world: dialogue\nsft:\n  learning_rate: fast\n", "/r.yaml:3: sft.learning_rate: expected a valid number, got 'fast'"),
         ("world: dialogue\nseed: 1\nseed: 2\n", "/r.yaml:3: seed is given twice, first in line 2"),
