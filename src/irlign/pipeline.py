@@ -86,9 +86,9 @@ def sft(recipe: Recipe, run: Run) -> None:
         return _take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.policy.sft import train_sft
+        from irlign.policy.sft import publish_card, train_sft
 
-        return train_sft(
+        log = train_sft(
             run.path("policies/init"),
             stored_demonstrations(run, "train"),
             stored_demonstrations(run, "dev"),
@@ -99,6 +99,10 @@ def sft(recipe: Recipe, run: Run) -> None:
             seed=run.seed,
             report_to=recipe.report_to,
         )
+        start, shown = _sources(recipe)
+        about = {"start": start, "data": shown, "chat_template": recipe.data.chat_template, "version": __version__}
+        publish_card(folder / "policies/sft", log, recipe.sft, **about)
+        return log
 
     run.do(
         "sft",
@@ -118,7 +122,7 @@ def sample(recipe: Recipe, run: Run) -> None:
     settings, earlier = recipe.sampling, list(recipe.sft.kept)
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.sampling.pools import draw_pool, guard_finished
+        from irlign.sampling.pools import draw_pool, guard_finished, publish_card
 
         statistics = {}
         sizes = {name: {"dev": settings.initial_generations} for name in ("init", *earlier)} | {"sft": {"dev": settings.num_generations}}
@@ -137,6 +141,7 @@ def sample(recipe: Recipe, run: Run) -> None:
             )
             finished, tokens = 1 - statistics[name]["completions/clipped_ratio"], statistics[name]["completions/mean_length"]
             say(f"sample {name}: {finished:.0%} finished, {tokens:.1f} tokens each")
+            publish_card(folder / f"pools/{name}.parquet", name, statistics[name], settings)
         guard_finished(statistics["sft"], settings)
         return statistics
 
@@ -498,6 +503,14 @@ def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
 
     settings, inputs = {"chat_template": recipe.data.chat_template}, {"checkpoint": source}
     run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
+
+
+def _sources(recipe: Recipe) -> tuple[str, str]:
+    """What pi_0 and the demonstrations are, for a card: a file or folder by its own name, not by where it lay."""
+    if recipe.world:
+        return f"a policy pretrained on the corpus of the {recipe.world.name} world", f"the {recipe.world.name} world"
+    model, data = (str(name) for name in (recipe.model_name_or_path, recipe.dataset_name))
+    return f"`{Path(model).name if Path(model).exists() else model}`", f"`{Path(data).name if Path(data).exists() else data}`"
 
 
 def _policies(recipe: Recipe, *names: str) -> dict[str, str]:
