@@ -239,7 +239,13 @@ def test_the_aligned_policy_and_the_reward_in_vllm(finished, asked):
         expected.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist())
     texts = [p + y + tokenizer.eos_token for p, y in zip(prompts, answers, strict=True)]
     child = {"input": json.dumps([str(policy), prompts, str(folder), texts]), "capture_output": True, "text": True}
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "PYTHONPATH": "",
+    }
     done = subprocess.run([os.environ.get(PYTHON, sys.executable), "-c", VLLM], env=environment, **child)
     assert done.returncode == 0, done.stderr[-3000:]
     drawn, scores = json.loads(done.stdout.split("FOUND")[1])
