@@ -11,7 +11,8 @@ from tiny import make_tiny_encoder
 from irlign.config import load_recipe
 from irlign.errors import ConfigError, DataError
 from irlign.files import read_json, read_table
-from irlign.pipeline import run, run_stage, validate
+from irlign.inputs import validate
+from irlign.pipeline import run, run_stage
 from irlign.plan import plan
 from irlign.recipe import Recipe
 from irlign.reward.load import load_reward

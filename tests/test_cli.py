@@ -243,9 +243,9 @@ def test_debug_shows_the_traceback(capsys, recipe):
 
 
 def test_the_unexpected_is_one_line_too(capsys, recipe, monkeypatch):
-    from irlign import pipeline
+    from irlign import inputs
 
-    monkeypatch.setattr(pipeline, "validate", lambda *_: 1 / 0)
+    monkeypatch.setattr(inputs, "validate", lambda *_: 1 / 0)
     code, _, err = _run(capsys, "validate", "--config", recipe)
     assert code == 70 and err.startswith("irlign: unexpected ZeroDivisionError: division by zero\n") and "Traceback" not in err
 

@@ -39,10 +39,12 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
     "plan": SPINE | {"costs", "sizes", "training", "optimise", "recipe"},
     "black_box": SPINE | {"data", "sampling", "reward", "recipe"},
+    "inputs": SPINE | {"black_box", "preflight", "data", "policy", "sampling", "recipe"},
     "pipeline": SPINE
     | {
         "black_box",
         "preflight",
+        "inputs",
         "data",
         "worlds",
         "policy",
@@ -58,7 +60,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
-    "cli": SPINE | {"recipe", "plan", "pipeline", "compare", "arena", "serve"},
+    "cli": SPINE | {"recipe", "inputs", "plan", "pipeline", "compare", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }

@@ -11,7 +11,8 @@ from small import small_recipe
 import irlign
 from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
-from irlign.pipeline import run, run_stage, score, validate
+from irlign.inputs import validate
+from irlign.pipeline import run, run_stage, score
 from irlign.recipe import WORLDS
 from irlign.records import Prompt
 from irlign.reward import features

@@ -7,7 +7,8 @@ import pytest
 
 from irlign.config import load_recipe
 from irlign.data import stories
-from irlign.pipeline import run, validate
+from irlign.inputs import validate
+from irlign.pipeline import run
 from irlign.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"

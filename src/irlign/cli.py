@@ -45,7 +45,7 @@ def run(context: Context, config: Config = None) -> None:
 @app.command(context_settings=PASS_ON)
 def validate(context: Context, config: Config = None) -> None:
     """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
-    from irlign.pipeline import validate as check
+    from irlign.inputs import validate as check
 
     text, problem = check(config, _overrides(context))
     typer.echo(text)

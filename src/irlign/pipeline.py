@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from irlign import __version__
-from irlign.black_box import black_box_notes, pool_files, stand_for, take_pools, validate_pools
+from irlign.black_box import black_box_notes, pool_files, stand_for, take_pools
 from irlign.data.checks import read_notes
 from irlign.data.splits import stored_demonstrations
-from irlign.errors import ConfigError, DataError, OverlongError
+from irlign.errors import ConfigError
 from irlign.files import read_json, read_table, write_json, write_table
+from irlign.inputs import read_splits, sources, stand_ins
 from irlign.optimise.label_free import JUDGE
 from irlign.preflight import check_method, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
-from irlign.records import SPLITS, Demonstration, Prompt
+from irlign.records import SPLITS, Prompt
 from irlign.runs import Run
-from irlign.sampling.given import beside_selection, given_splits
+from irlign.sampling.given import beside_selection
 from irlign.sampling.pools import stored_samples
 
 Config = str | Path | Mapping[str, Any] | Recipe | None
@@ -99,7 +100,7 @@ def sft(recipe: Recipe, run: Run) -> None:
             seed=run.seed,
             report_to=recipe.report_to,
         )
-        start, shown = _sources(recipe)
+        start, shown = sources(recipe)
         about = {"start": start, "data": shown, "chat_template": recipe.data.chat_template, "version": __version__}
         publish_card(folder / "policies/sft", log, recipe.sft, **about)
         return log
@@ -408,30 +409,6 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
         return here.root
 
 
-def validate(config: Config = None, overrides: Sequence[str] = ()) -> tuple[str, DataError | None]:
-    """What the data is, before any compute: rows, lengths, cuts, EOS, unknown tokens, overlap, a decoded row. Writes nothing.
-
-    Returns the text, and the error that `data.on_overlong=error` would stop a run with: the text then shows the rest.
-    """
-    from irlign.data.checks import describe, masked_example, render
-
-    recipe = as_recipe(config, overrides)
-    preflight(recipe)
-    if recipe.pools:
-        return validate_pools(recipe, *read_splits(recipe, "")), None
-    form, context = _format(recipe, str(recipe.model_name_or_path) if recipe.world is None else None)
-    problem = None
-    try:
-        splits, notes = read_splits(recipe, str(recipe.model_name_or_path))
-    except OverlongError as error:
-        problem = error
-        dropping = recipe.data.model_copy(update={"on_overlong": "drop"})
-        splits, notes = read_splits(recipe.model_copy(update={"data": dropping}), str(recipe.model_name_or_path))
-    found = describe(splits, form, max_length=min(recipe.data.max_length or context, context))
-    example = next(d for d in splits["train"] if d.completion)
-    return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))]), problem
-
-
 def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
     """Score the answers in a file with a stored reward: OUTPUT gets each row's prompt, completion and `reward`. Returns the rows.
 
@@ -449,46 +426,6 @@ def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
     return len(scored)
 
 
-def read_splits(recipe: Recipe, model: str) -> tuple[dict[str, list[Demonstration]], dict[str, Any]]:
-    """The splits of the recipe's world or files under the tokenizer of `model`, and what each file lost."""
-    if recipe.pools:
-        return given_splits(recipe.pools, recipe.data, recipe.seed, recipe.dataset_name)
-    if recipe.world is not None:
-        return recipe.world.splits(recipe.seed), {f"world {recipe.world.name}": {"rows": recipe.world.demonstrations}}
-    from irlign.data.splits import load_splits
-
-    form, context = _format(recipe, model)
-    return load_splits(
-        str(recipe.dataset_name),
-        recipe.data,
-        form,
-        context=context,
-        room=recipe.sampling.max_new_tokens,
-        seed=recipe.seed,
-        eval_dataset=recipe.eval_dataset_name,
-        prompt_dataset=recipe.prompt_dataset_name,
-    )
-
-
-def stand_ins(files: Mapping[str, Any]) -> list[str]:
-    """What the reader of any result must know about where the answers came from."""
-    words = "the `chosen` answers of a preference file stand in for expert demonstrations"
-    return [f"{name}: {words}" for name, counts in files.items() if counts.get("answers", {}).get("chosen")]
-
-
-def _format(recipe: Recipe, model: str | None) -> tuple[Any, int]:
-    """The one format and the context in tokens, of a model or (None) of the world's model before it exists."""
-    from irlign.data.chat import Format, context_length
-    from irlign.policy.load import load_config, load_tokenizer
-    from irlign.policy.pretrain import word_tokenizer
-
-    if model is None and recipe.world is not None:
-        context = recipe.pretrain.max_position_embeddings
-        template = recipe.world.chat_template if recipe.data.chat_template == "auto" else recipe.data.chat_template
-        return Format(word_tokenizer(recipe.world.vocabulary(), context), template), context
-    return Format(load_tokenizer(str(model)), recipe.data.chat_template), context_length(load_config(str(model)))
-
-
 def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
     """A given checkpoint, checked and saved as the run's own, so that the run can be moved and stays what it was."""
 
@@ -503,14 +440,6 @@ def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
 
     settings, inputs = {"chat_template": recipe.data.chat_template}, {"checkpoint": source}
     run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
-
-
-def _sources(recipe: Recipe) -> tuple[str, str]:
-    """What pi_0 and the demonstrations are, for a card: a file or folder by its own name, not by where it lay."""
-    if recipe.world:
-        return f"a policy pretrained on the corpus of the {recipe.world.name} world", f"the {recipe.world.name} world"
-    model, data = (str(name) for name in (recipe.model_name_or_path, recipe.dataset_name))
-    return f"`{Path(model).name if Path(model).exists() else model}`", f"`{Path(data).name if Path(data).exists() else data}`"
 
 
 def _policies(recipe: Recipe, *names: str) -> dict[str, str]:

@@ -103,6 +103,7 @@ def test_the_choice_by_hand():
     drifts = curve((1, 0), (1.1, 0.2))._replace(likelier=np.array([False, True, False]))
     assert choose_n(drifts) == 2  # at n = 4 the picks have left what pi_SFT knows
     assert choose_n(drifts._replace(likelier=~drifts.likelier)) == 4
+    assert choose_n(curve((1, 0), (2, 0.2))._replace(likelier=drifts.likelier)) == 4  # and what is shown for sure may be taken all the same
 
 
 def test_more_looks_ask_for_more():
@@ -179,7 +180,11 @@ def test_choice_json():
     assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curves"]["r"]) == {"1", "2", "4"}
     assert up["why"].startswith("the best lower bound") and not any(of["likelier"] for of in up["curves"]["r"].values())
     likely = choice_of(_rows(float, lambda i: i - 4.0), ["r"], None, **about)
-    assert likely["why"].startswith("the largest n") and [of["likelier"] for of in likely["curves"]["r"].values()] == [False, True, True]
+    assert likely["why"].startswith("shown to be better") and [of["likelier"] for of in likely["curves"]["r"].values()] == [
+        False,
+        True,
+        True,
+    ]
     down = choice_of(_rows(lambda i: -float(i)), ["r"], None, **about)
     assert down["n"] == 1 and "SFT is kept" in down["why"]
     given = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)

@@ -6,7 +6,7 @@ demonstrations of other prompts are written as well and in the same style, so th
 apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
 prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
 does (docs/measured.md). Of the n that are shown to be better than n = 1 one is taken, boldly where the answers that the
-reward picks are shown to be likelier under pi_SFT than its average answer, cautiously where they may be some that it hardly
+reward picks are shown to be likelier under pi_SFT than its average answer, with care where they may be some that it hardly
 ever gives; n = 1, plain SFT, where none is shown (docs/studies/stopping.md).
 """
 
@@ -38,7 +38,7 @@ JUDGE = {
     "samples": SAMPLES,
     "exchanged": EXCHANGED,
     "style": True,
-    "rule": "largest not beaten where likelier, else best bound",
+    "rule": "best bound, or larger where likelier and not beaten",
 }
 
 
@@ -136,15 +136,14 @@ def choose(curves: Mapping[str, Curve]) -> tuple[str, int]:
 def choose_n(curve: Curve, looks: int | None = None) -> int:
     """An n whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by default all n but the first), or n = 1.
 
-    Of those where the picks are likelier under pi_SFT the largest that no smaller n is shown to beat (5 %): the noise of the judged gain
-    grows with n, so that a curve that still rises loses its bound. Where there is none, the picks leave what pi_SFT knows, and with it what
-    the judge has seen, so its noise counts against them: the best lower bound. `irlign arena stopping` compares this with other rules.
+    Of those the one with the best lower bound, or a larger one whose picks are likelier under pi_SFT and that no smaller n is shown to beat
+    (5 %): the noise of the judged gain grows with n, so that a curve that still rises loses its bound; but where picks leave what pi_SFT
+    knows, and with it what the judge has seen, that noise counts against them. `irlign arena stopping` compares this with other rules.
     """
     shown_n = shown(curve.gains, looks)
-    for k in reversed(np.flatnonzero(shown_n & curve.likelier)):
-        if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any():
-            return curve.n[k]
-    return curve.n[int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())]
+    careful = int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())
+    bold = [int(k) for k in np.flatnonzero(shown_n & curve.likelier) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
+    return curve.n[max([careful, *bold])]
 
 
 def shown(gains_P_n: np.ndarray, looks: int | None = None) -> np.ndarray:
@@ -241,8 +240,8 @@ def _why(curve: Curve, chosen: int, kept: str) -> str:
     if chosen == 1:
         return f"no larger n is shown to be better, at 5% for all that was looked at, so {kept} is kept"
     if curve.likelier[curve.n.index(chosen)]:
-        return f"the largest n that is shown to be better than {kept} and that no smaller one is shown to beat"
-    return f"the best lower bound among the n that are shown to be better than {kept}; what is picked is not shown to be likelier than its average"
+        return f"shown to be better than {kept}, and no smaller n is shown to beat it"
+    return f"the best lower bound among the n that are shown to be better than {kept}; its picks are not shown to be likelier than {kept}'s average"
 
 
 def _curve_json(curve: Curve) -> dict[str, dict[str, Any]]:
