@@ -77,7 +77,9 @@ def test_runs_that_do_not_compare_are_not_compared(two, tmp_path):
     results = read_json(two[1] / "evaluation/results.json")
     results["golden"] = None
     write_json(two[1] / "evaluation/results.json", results)
-    assert compare_runs(two, tmp_path / "c.html") == ["2 runs that were not judged alike, so their means do not compare."]
+    assert compare_runs(two, tmp_path / "c.html") == [
+        "2 runs that were not all judged alike, so means compare only where a line here does it."
+    ]
     for root in two:
         write_json(root / "evaluation/results.json", results)
     assert "nothing here says which run is better" in compare_runs(two, tmp_path / "c.html")[0]
@@ -99,6 +101,11 @@ def test_folders_that_are_no_finished_runs(two, tmp_path, capsys):
     for folders in (two[:1], [two[0], two[0]]):
         with pytest.raises(ConfigError, match="two runs or more, each given once"):
             compare_runs(folders, tmp_path / "c.html")
+    results = read_json(two[1] / "evaluation/results.json")
+    for older in ([], {**results, "choice": {"n": 4}}, {key: of for key, of in results.items() if key != "heldout"}):
+        write_json(two[1] / "evaluation/results.json", older)
+        with pytest.raises(RunError, match="not as this version of irlign writes them"):
+            compare_runs(two, tmp_path / "c.html")
     shutil.rmtree(two[1] / "evaluation")
     with pytest.raises(SystemExit) as ended:
         main(["compare", *map(str, two), "-o", str(tmp_path / "c.html")])

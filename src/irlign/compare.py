@@ -11,6 +11,7 @@ from irlign.runs import Run
 from irlign.statistics import paired_test
 
 RESULTS = "evaluation/results.json"
+NEEDED = ("headline", "golden", "heldout", "choice", "alarms", "run")
 SOURCES = {"initial": "initial", "sft": "SFT", "aligned": "aligned", "best_of_n": "Best-of-n", "demonstrations": "demonstrations"}
 OWN = ("output_dir",)  # keys that differ between any two runs
 
@@ -49,9 +50,13 @@ def _names(folders: Sequence[str | Path], roots: Sequence[Path]) -> list[str]:
 
 
 def _results(run: Run) -> dict[str, Any]:
+    finish = f"irlign run output_dir={run.root}"
     if not run.path(RESULTS).is_file():
-        raise RunError(f"this run is not finished: it has no {RESULTS}", where=run.root, do=f"finish it: irlign run output_dir={run.root}")
-    return dict(read_json(run.path(RESULTS)))
+        raise RunError(f"this run is not finished: it has no {RESULTS}", where=run.root, do=f"finish it: {finish}")
+    results = read_json(run.path(RESULTS))
+    if not isinstance(results, dict) or not set(NEEDED) <= set(results) or not {"n", "reward"} <= set(results["choice"] or ()):
+        raise RunError("its results are not as this version of irlign writes them", where=run.path(RESULTS), do=f"measure again: {finish}")
+    return results
 
 
 def _measure(results: Mapping[str, Any]) -> str | None:
@@ -101,7 +106,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]], tests: Sequence[Mapping[
             f"{len(results)} runs without a golden reward: each reward has a scale of its own, so nothing here says which run is better."
         ]
     elif len(measures) > 1:
-        lines = [f"{len(results)} runs that were not judged alike, so their means do not compare."]
+        lines = [f"{len(results)} runs that were not all judged alike, so means compare only where a line here does it."]
     else:
         lines = [f"{len(results)} runs, judged by {measures.pop()}."]
         if len({t["a"] for t in tests}) < len(results) - 1:
