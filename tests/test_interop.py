@@ -216,7 +216,7 @@ import gc, json, sys
 from vllm import LLM, PoolingParams, SamplingParams
 
 policy, asked, reward, texts = json.loads(sys.stdin.read())
-options = {"dtype": "float32", "max_model_len": 64, "enforce_eager": True}
+options = {"dtype": "float32", "enforce_eager": True}
 served = LLM(policy, **options)
 drawn = [list(d.outputs[0].token_ids) for d in served.generate(asked, SamplingParams(temperature=0, max_tokens=12))]
 del served

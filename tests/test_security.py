@@ -143,7 +143,7 @@ def test_code_beside_a_checkpoint_is_not_run_and_nobody_is_asked(tmp_path, monke
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A run from stored samples whose prompts, answers, ids, models and file names are all hostile; what it printed; what stood around it."""
+    """The folder of a run from stored samples whose prompts, answers, ids, models and file names are all hostile, and what lay in it before."""
     around = tmp_path_factory.mktemp("around")
     names = [f"../../{MARKUP[:40]}", "/etc/passwd", "..", "a/../../b\0", "~root", "C:\\x", "-rf", "$(touch x)"]
     rng = random.Random(0)
@@ -166,7 +166,6 @@ def hostile(tmp_path_factory):
             patch.setenv(name, secret)
         patch.chdir(around)
         recipe = {"pools": files, "output_dir": str(around / "run"), "evaluation": {"resamples": 100}}
-        irlign.run({**recipe, "reward": {"backbone": "words", "kind": "features"}, "best_of_n": {"n": 2, "force": True}})
         irlign.run({**recipe, "reward": {"backbone": "words", "kind": "features"}, "best_of_n": {"n": 2, "force": True}})
     return around, before
 
