@@ -33,6 +33,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "plots": BASE,
     "report": SPINE | {"plots"},
     "seeds": SPINE | {"report"},
+    "compare": SPINE | {"report"},
     "recipe": SPINE | {"data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
     "preflight": SPINE | {"endpoint", "training", "policy", "sampling", "optimise", "evaluate", "recipe"},
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
@@ -60,7 +61,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
-    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "arena", "serve"},
+    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "compare", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }
@@ -80,6 +81,7 @@ NO_TORCH = {
         "preflight",
         "report",
         "plots",
+        "compare",
         "cli",
     ),
     *(

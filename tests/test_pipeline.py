@@ -27,8 +27,11 @@ PUBLISHED = (
     "data/test.parquet",
     "policies/init/model.safetensors",
     "policies/sft/model.safetensors",
+    "policies/sft/README.md",
     "pools/init.parquet/part-00000.parquet",
     "pools/sft.parquet/part-00000.parquet",
+    "pools/init.parquet/README.md",
+    "pools/sft.parquet/README.md",
     "rewards/init-sft/model.safetensors",
     "rewards/init-sft/reward.json",
     "rewards/init-sft/README.md",
@@ -93,6 +96,17 @@ def test_results_keep_their_promises(finished):
     assert all(golden[source]["prompts"] == 8 for source in ("initial", "sft", "demonstrations"))
     assert all(golden["oracle"][n]["mean"] >= curve[n]["mean"] for curve in golden["rewards"].values() for n in curve)
     assert {"a", "b", "mean_difference", "ci95", "p", "prompts"} <= set(results["tests"][0])
+
+
+def test_cards_hold_the_figures_of_what_lies_beside_them(finished):
+    stages = _manifest(finished)
+    notes, card = stages["sft"]["notes"], (finished / "policies/sft/README.md").read_text()
+    assert f"on {notes['rows']} demonstrations of the dialogue world: {notes['steps']} steps of 16 rows, peak learning rate 0.001" in card
+    assert f"{notes['dev_nll']['initial']:.3f} nats a token before, {notes['dev_nll']['sft']:.3f} after" in card
+    for pool in ("init", "sft"):
+        notes, card = stages["sample"]["notes"][pool], (finished / f"pools/{pool}.parquet/README.md").read_text()
+        assert f"{notes['samples']} answers to {notes['prompts']} prompts" in card and "at most 24 tokens." in card
+        assert f"{1 - notes['completions/clipped_ratio']:.0%} ended by themselves" in card
 
 
 def test_pools_hold_what_was_asked_for(finished):

@@ -155,6 +155,18 @@ def evaluate(
 _stage("report", "Write report.html.")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="run directories; the others are compared with the first")],
+    output: Annotated[str, typer.Option("--output", "-o", help="where the page goes")] = "compare.html",
+) -> None:
+    """Several finished runs on one page: what each gives, paired differences, alarms, the settings that differ."""
+    from irlign.compare import compare_runs
+
+    for line in [*compare_runs(runs, Path(output)), f"The page: {output}"]:
+        typer.echo(line)
+
+
 @app.command(context_settings=PASS_ON)
 def arena(
     context: typer.Context,

@@ -10,10 +10,10 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from irlign.errors import ConfigError
 
@@ -24,6 +24,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# Keys of other libraries' settings that hold a secret, and where it belongs.
+SECRETS = {**dict.fromkeys(("hub_token", "push_to_hub_token", "hf_token", "token"), "HF_TOKEN"), "api_key": "the variable that holds it"}
+_SECRET = re.compile(rf"\b({'|'.join(SECRETS)})(\s*[:=]\s*)[^\s,}}]+")
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    if found := [key for key in values if key in SECRETS and isinstance(values[key], str)]:
+        stored = "would be stored with the run, in recipe.yaml and the manifest"
+        raise ValueError(f"{found[0]} {stored}: leave it out, and set {SECRETS[found[0]]}")
+    return values
+
+
+PassOn = Annotated[dict[str, Any], AfterValidator(_without_secrets)]  # settings that are handed on as they are
 Model = TypeVar("Model", bound=BaseModel)
 Key = tuple[str, ...]
 
@@ -76,7 +89,8 @@ def load_recipe(model: type[Model], source: str | Path | Mapping[str, Any] | Non
         values, places = _read_yaml(Path(source))
     for text, key, value in parse_overrides(model, overrides):
         assign(values, key, value)
-        places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: f"override {text}"}
+        shown = _SECRET.sub(r"\1\2...", text)
+        places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: f"override {shown}"}
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -39,6 +39,14 @@ def stand_ins(files: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {words}" for name, counts in files.items() if counts.get("answers", {}).get("chosen")]
 
 
+def sources(recipe: Recipe) -> tuple[str, str]:
+    """What pi_0 and the demonstrations are, for a card: a file or folder by its own name, not by where it lay."""
+    if recipe.world:
+        return f"a policy pretrained on the corpus of the {recipe.world.name} world", f"the {recipe.world.name} world"
+    model, data = (str(name) for name in (recipe.model_name_or_path, recipe.dataset_name))
+    return f"`{Path(model).name if Path(model).exists() else model}`", f"`{Path(data).name if Path(data).exists() else data}`"
+
+
 def format_of(recipe: Recipe, model: str | None) -> tuple[Any, int]:
     """The one format and the context in tokens, of a model or (None) of the world's model before it exists."""
     from irlign.data.chat import Format, context_length

@@ -17,7 +17,7 @@ from irlign.data.checks import read_notes
 from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError
 from irlign.files import read_json, read_table, write_json, write_table
-from irlign.inputs import read_splits, stand_ins
+from irlign.inputs import read_splits, sources, stand_ins
 from irlign.optimise.label_free import JUDGE
 from irlign.preflight import check_method, preflight
 from irlign.progress import say
@@ -87,9 +87,9 @@ def sft(recipe: Recipe, run: Run) -> None:
         return _take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.policy.sft import train_sft
+        from irlign.policy.sft import publish_card, train_sft
 
-        return train_sft(
+        log = train_sft(
             run.path("policies/init"),
             stored_demonstrations(run, "train"),
             stored_demonstrations(run, "dev"),
@@ -100,6 +100,10 @@ def sft(recipe: Recipe, run: Run) -> None:
             seed=run.seed,
             report_to=recipe.report_to,
         )
+        start, shown = sources(recipe)
+        about = {"start": start, "data": shown, "chat_template": recipe.data.chat_template, "version": __version__}
+        publish_card(folder / "policies/sft", log, recipe.sft, **about)
+        return log
 
     run.do(
         "sft",
@@ -119,7 +123,7 @@ def sample(recipe: Recipe, run: Run) -> None:
     settings, earlier = recipe.sampling, list(recipe.sft.kept)
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.sampling.pools import draw_pool, guard_finished
+        from irlign.sampling.pools import draw_pool, guard_finished, publish_card
 
         statistics = {}
         sizes = {name: {"dev": settings.initial_generations} for name in ("init", *earlier)} | {"sft": {"dev": settings.num_generations}}
@@ -138,6 +142,7 @@ def sample(recipe: Recipe, run: Run) -> None:
             )
             finished, tokens = 1 - statistics[name]["completions/clipped_ratio"], statistics[name]["completions/mean_length"]
             say(f"sample {name}: {finished:.0%} finished, {tokens:.1f} tokens each")
+            publish_card(folder / f"pools/{name}.parquet", name, statistics[name], settings)
         guard_finished(statistics["sft"], settings)
         return statistics
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from irlign.config import Settings
+from irlign.config import PassOn, Settings
 from irlign.errors import ConfigError, ModelError, memory_errors
 from irlign.progress import Progress
 
@@ -41,7 +41,7 @@ class TrainerSettings(Settings):
     lora_alpha: int = Field(32, ge=1, description="LoRA scale numerator")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     lora_target_modules: str | list[str] = Field("all-linear", description="which layers carry the adapter")
-    trainer: dict[str, Any] = Field(default_factory=dict, description="any further field of transformers' TrainingArguments")
+    trainer: PassOn = Field(default_factory=dict, description="any further field of transformers' TrainingArguments")
 
 
 def bf16_pays(parameters: int) -> bool:

@@ -69,6 +69,7 @@ def test_the_better_round_is_published_measured_and_shown(copied, judge):
     assert model.generate(**tokenizer("How do I fix my bike?", return_tensors="pt"), max_new_tokens=3).shape[1] > 3
     card = (copied / "policies/aligned/README.md").read_text()
     assert "`distill` (round 2)" in card and f"{own['kl_sft']['mean']:.1f} nats" in card
+    assert f"{len(rows)} answers to" in (copied / "pools/aligned.parquet/README.md").read_text()
 
     golden = results["golden"]
     assert golden["aligned"]["prompts"] == 8 and set(golden["aligned_best_of_n"]) == {"1", "2"}

@@ -254,6 +254,12 @@ def template_text(name: str) -> str:
     return text
 
 
+def template_in_words(name: str) -> str:
+    """A setting of `chat_template` as a card says it."""
+    own = "its tokenizer's own chat template" + (" (plain text where it has none)" if name == "auto" else "")
+    return own if name == "auto" or _is_jinja(name) else "plain text" if name == "none" else f"the chat template `{name}`"
+
+
 def _is_jinja(text: str) -> bool:
     return "{{" in text or "{%" in text
 

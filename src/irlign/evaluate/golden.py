@@ -122,8 +122,9 @@ class _Checkpoint:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)  # type: ignore[misc]
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            options: dict[str, Any] = {"output_loading_info": True}
+            model, info = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises many kinds
             line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.optimise.label_free import FEWEST, judge_pool
@@ -18,7 +19,7 @@ from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
-from irlign.sampling.pools import stored_samples
+from irlign.sampling.pools import pool_statistics, publish_card, read_pool, stored_samples
 
 CARD = """---
 library_name: transformers
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
 ```
-Prompts are read in the chat template `{template}`. `optimise/choice.json` of its run says what was tried and how it was weighed.
+Prompts are read in {template}. `optimise/choice.json` of its run says what was tried and how it was weighed.
 """
 TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
@@ -129,6 +130,9 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
         learned = METHODS[choice["method"]].source.format(**choice)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
-    template = work.chat_template if "{" not in work.chat_template else "its tokenizer's own"
-    (work.folder / "policies/aligned/README.md").write_text(CARD.format(what=what, version=version, template=template), encoding="utf-8")
+    card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
+    (work.folder / "policies/aligned/README.md").write_text(card, encoding="utf-8")
+    if place:
+        pool = work.folder / "pools/aligned.parquet"
+        publish_card(pool, "aligned", pool_statistics(read_pool(pool)), work.sampling.model_copy(update={"engine": "transformers"}))
     write_json(work.folder / "optimise/choice.json", choice)

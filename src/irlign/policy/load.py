@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
 
     _must_exist(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         remedy = "save the model's tokenizer beside it" if Path(path).is_dir() else "give the folder that holds config.json, or a Hub id"
         raise ModelError(f"no usable tokenizer: {_first_line(error)}", where=path, do=remedy) from error
@@ -67,7 +67,7 @@ def load_config(path: str) -> Any:
             from peft import PeftConfig
 
             path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path, do=_install_peft(error)) from error
 
@@ -97,7 +97,7 @@ def count_parameters(path: str) -> int:
     config = load_config(path)
     try:
         with torch.device("meta"):
-            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+            return int(AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters())
     except Exception as error:
         raise ModelError(f"no model can be built from its configuration: {_first_line(error)}", where=path) from error
 
@@ -127,9 +127,10 @@ def load_policy(path: str, name: str = "policy") -> Policy:
         if adapter:
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).merge_and_unload()
         else:
-            model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
+            options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)  # type: ignore[misc]
     except Exception as error:
         raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=path, do=_install_peft(error)) from error
     missing = sorted(info.get("missing_keys", ()))

@@ -2,17 +2,38 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from irlign.data.chat import IGNORED, Format, pad
+from irlign.data.chat import IGNORED, Format, pad, template_in_words
 from irlign.policy.likelihood import mean_nll
 from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.records import Demonstration
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [alignment-from-demonstrations]
+---
+# sft: a policy that imitates demonstrations
+
+Fine-tuned by irlign {version} from {start} on {rows} demonstrations of {data}{how}: {steps} steps of {batch} rows, peak learning rate {rate:g}.
+Loss on unseen demonstrations: {loss}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
+```
+Prompts are read in {template}.
+
+Limits: it imitates what it was shown, mistakes and style included. Nothing in its training asked for answers that are true or safe; the report of
+its run says how they compare with those of the initial policy and of the demonstrations.
+"""
 
 
 class SFTSettings(TrainerSettings):
@@ -74,6 +95,26 @@ def train_sft(
     tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "sft")
     save_policy(tuned, folder)
     return {**log, "dev_nll": {"initial": before, "sft": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+
+
+def publish_card(
+    folder: Path, log: Mapping[str, Any], settings: SFTSettings, *, start: str, data: str, chat_template: str, version: str
+) -> None:
+    """README.md beside the policy that `train_sft` saved in `folder`; `log` is what it returned, `start` and `data` name pi_0 and the data."""
+    before, after = (log["dev_nll"][side] for side in ("initial", "sft"))
+    text = CARD.format(
+        version=version,
+        start=start,
+        rows=log["rows"],
+        data=data,
+        how=f", as a LoRA adapter of rank {settings.lora_r}, merged" if settings.use_peft else "",
+        steps=log["steps"],
+        batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+        rate=settings.learning_rate,
+        loss="not measured" if after is None else f"{before:.3f} nats a token before, {after:.3f} after",
+        template=template_in_words(chat_template),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any:

@@ -94,7 +94,7 @@ def load_encoder(path: str) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(path)
     try:
-        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ModelError(f"the encoder cannot be loaded: {line}", where=path, do="see reward.backbone") from error

@@ -54,9 +54,9 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(backbone)
+            tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
-                backbone, num_labels=heads, problem_type="regression", dtype=torch.float32
+                backbone, num_labels=heads, problem_type="regression", dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -79,8 +79,10 @@ class Classifier:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = (
+                AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).to(device).eval()
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             line = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ModelError(f"the reward model cannot be loaded: {line}", where=folder, do="run the stage reward again") from error

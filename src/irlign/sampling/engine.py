@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from irlign.config import Settings
+from irlign.config import PassOn, Settings
 from irlign.endpoint import EndpointSettings, Url, check_client
 from irlign.errors import ConfigError
 from irlign.records import Prompt, Sample
@@ -54,7 +54,7 @@ class VLLMSettings(Settings):
     """engine=vllm: vLLM in a process of its own."""
 
     python: str | None = Field(None, description="the Python that has vLLM; null = $IRLIGN_VLLM_PYTHON, or the one that runs this")
-    args: dict[str, Any] = Field(default_factory=dict, description="passed on to vLLM's LLM(...): {gpu_memory_utilization: 0.7, ...}")
+    args: PassOn = Field(default_factory=dict, description="passed on to vLLM's LLM(...): {gpu_memory_utilization: 0.7, ...}")
 
 
 class SamplingSettings(Settings):

@@ -3,17 +3,39 @@
 import gc
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irlign.errors import GuardError, memory_errors
 from irlign.files import read_table, write_table
+from irlign.machine import versions
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
 from irlign.runs import Run, request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
 
+CARD = """---
+tags: [alignment-from-demonstrations, synthetic]
+configs:
+- config_name: default
+  data_files: "part-*.parquet"
+---
+# {name}: answers that the policy `{name}` gave
+
+{samples} answers to {prompts} prompts, drawn by irlign {version} with the engine `{engine}`: temperature {temperature:g}, top_p {top_p:g}, top_k {top_k}
+(0: all tokens), at most {max_new_tokens} tokens{stop}. {finished:.0%} ended by themselves, {empty:.0%} are empty; {tokens:.1f} tokens each.
+
+```python
+from datasets import load_dataset
+
+load_dataset("parquet", data_files="this folder/*.parquet", split="train")
+```
+A row is one answer: `prompt` (the JSON of its messages where `conversational`), `completion`, `finish_reason` (`length`: cut), `logprob` in nats under the
+policy itself, the `split` of its prompt in the run, and how it was drawn.
+
+Limits: a model's answers as they came. They can be false or rude, and none was chosen. Prompts of the split `test` measure the run: train on no answer to them.
+"""
 DRAWN = ".drawn.jsonl"  # answers that were paid for and whose part is not stored yet
 
 
@@ -102,6 +124,17 @@ def pool_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
         "completions/clipped_ratio": sum(not s.finished for s in samples) / count,
         "completions/empty_ratio": sum(not s.completion.strip() for s in samples) / count,
     }
+
+
+def publish_card(folder: Path, name: str, statistics: Mapping[str, Any], settings: SamplingSettings) -> None:
+    """README.md beside the parts of a pool, from its `pool_statistics`."""
+    drawn = settings.model_dump(include={"engine", "temperature", "top_p", "top_k", "max_new_tokens"})
+    counts = {key: statistics[key] for key in ("samples", "prompts")}
+    finished, tokens = 1 - statistics["completions/clipped_ratio"], statistics["completions/mean_length"]
+    about = {"finished": finished, "tokens": tokens, "empty": statistics["completions/empty_ratio"]}
+    stop = f", ended by {', '.join(f'`{text!r}`' for text in settings.stop)}" if settings.stop else ""
+    text = CARD.format(name=name, version=versions().get("irlign"), stop=stop, **drawn, **counts, **about)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def guard_finished(statistics: dict[str, Any], settings: SamplingSettings) -> None:
