@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,8 +35,9 @@ from irlign.policy.pretrain import word_tokenizer
 from irlign.records import Prompt
 from irlign.reward.model import Classifier
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
-from irlign.serve import Server
+from irlign.serve import Server, bind
 from irlign.serving.answers import Answerer, Served
+from irlign.serving.load import one_core
 from irlign.worlds.dialogue import DialogueWorld
 
 NEW, CLIENTS, BEST_OF = 32, (1, 8, 64), (1, 4)
@@ -69,9 +69,10 @@ def prompts() -> list[str]:
 
 def serve(folder: Path) -> None:
     """The server's process: says its port, then serves until it is ended."""
-    place = socket.create_server(("127.0.0.1", 0))
+    place = bind("127.0.0.1", 0)
     with silenced():
-        server = Server(make_answerer(folder))
+        with one_core():
+            server = Server(make_answerer(folder))
         print(place.getsockname()[1], flush=True)
         uvicorn.Server(uvicorn.Config(server, log_level="warning", access_log=False)).run(sockets=[place])
 

@@ -1,5 +1,6 @@
 """The server over loopback with the official client: what it answers is what the run selects, and what it cannot serve it refuses."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import openai
 import openai_server
 import pytest
+import torch
 from served import serving
 from small import small_recipe
 from tiny import make_tiny_policy
@@ -35,9 +37,9 @@ from irlign.reward.load import load_reward
 from irlign.reward.log_ratio import LogRatio
 from irlign.runs import request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
-from irlign.serve import Limits, Wanted, startup
+from irlign.serve import Limits, Wanted, bind, startup
 from irlign.serving.answers import Answerer, Served
-from irlign.serving.load import load_answerer
+from irlign.serving.load import load_answerer, one_core
 
 MOST = 2  # the label-free n that the run is given here; it drew 4 candidates of each prompt
 REWARD = "init-sft+likelihood"
@@ -435,3 +437,29 @@ def test_the_command_ends_cleanly(finished, tmp_path):
             assert len(ended) == 100 and process.wait(30) == 0 and "what was accepted was answered" in said and "terminated" not in said
         finally:
             process.kill()
+
+
+def test_small_parts_of_an_answer_are_sent_at_once():
+    """asyncio turns Nagle's algorithm off where a socket names its protocol; with it on, an answer in two parts waits for the client's delayed
+    acknowledgement, some 40 ms."""
+
+    async def delays() -> int:
+        place, accepted = bind("127.0.0.1", 0), asyncio.Queue()
+
+        async def met(_, writer):
+            await accepted.put(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(met, sock=place):
+            _, writer = await asyncio.open_connection(*place.getsockname())
+            writer.close()
+            return await accepted.get()
+
+    assert asyncio.run(delays())
+
+
+def test_what_only_loads_computes_on_one_core():
+    before = torch.get_num_threads()
+    with one_core():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

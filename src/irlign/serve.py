@@ -276,7 +276,7 @@ def serve(root: str | Path, host: str, port: int, wanted: Wanted, limits: Limits
     key = os.environ.get(key_env or KEY, "").strip()
     if key_env and not key:
         raise ConfigError(f"{key_env} is not set, and it should hold the API key", where="--api-key-env")
-    place = _bind(host, port)
+    place = bind(host, port)
     server = Server(load_answerer(root, wanted), limits, key)
     for line in startup(server, root, host, place.getsockname()[1]):
         say(f"serve: {line}")
@@ -299,11 +299,11 @@ def startup(server: Server, root: str | Path, host: str, port: int) -> list[str]
     return found
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket with its address, not yet listening. Raises RunError where the address is not to be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        place = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)  # only with it named does asyncio send small parts at once (TCP_NODELAY)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind(address)
     except OSError as error:

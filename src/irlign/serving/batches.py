@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-LINGER = 0.2  # of the last batch's time may be waited, so that those it answered, who may ask again at once, join the next
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -54,7 +52,6 @@ class Batches(Generic[Item, Result]):
         self._queue: deque[_Waiting[Item, Result]] = deque()
         self._change = threading.Condition()
         self._closed, self._seconds = False, 1.0
-        self._awaited, self._until = 0, 0.0  # who may ask again at once, and how long they are waited for (monotonic clock)
         self._thread = threading.Thread(target=self._run, name="irlign-model", daemon=True)
         self._thread.start()
 
@@ -72,7 +69,6 @@ class Batches(Generic[Item, Result]):
                 raise Full(len(self._queue), self._patience())
             added: list[_Waiting[Item, Result]] = [_Waiting(item, Future()) for item in items]
             self._queue += added
-            self._awaited -= len(added)
             self._change.notify()
         return [one.future for one in added]
 
@@ -91,7 +87,6 @@ class Batches(Generic[Item, Result]):
         """The next batch; empty at the end of all."""
         with self._change:
             self._change.wait_for(lambda: self._queue or self._closed)
-            self._change.wait_for(lambda: self._awaited <= 0 or self._closed, max(0.0, self._until - time.monotonic()))
             batch: list[_Waiting[Item, Result]] = []
             rest: deque[_Waiting[Item, Result]] = deque()
             size = 0
@@ -112,7 +107,6 @@ class Batches(Generic[Item, Result]):
             seconds = time.monotonic() - started
             with self._change:
                 self._seconds = (self._seconds + seconds) / 2
-                self._awaited, self._until = len(live), time.monotonic() + LINGER * seconds
             self.done(sum(self.size(one.item) for one in live), seconds)
 
     def _finish(self, batch: Sequence[_Waiting[Item, Result]]) -> None:

@@ -1,5 +1,7 @@
 """What a run directory serves: which policy, at which n, by which reward, with which alarms; all of it in memory before the first request."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,31 @@ class Wanted:
     force: bool = False
 
 
+@contextlib.contextmanager
+def one_core() -> Iterator[None]:
+    """Torch computes on one core inside. A thread that computes on several keeps helpers of its own from then on; those of a thread that only
+    loads would contend for the cores with those of the thread that draws (a third of its speed on two cores)."""
+    import torch
+
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(cores)
+
+
 def load_answerer(root: str | Path, wanted: Wanted = Wanted()) -> Answerer:
     """The answerer of the run in a folder. Raises RunError where the run lacks what is to be served, ConfigError for what it cannot serve."""
     run = Run.read(root)
     recipe = as_recipe({**run.recipe, "seeds": None})
     served = what_is_served(run, recipe, wanted)
-    engine = load_engine(run.path("policies", served.policy), served.sampling, recipe.data.chat_template)
-    answerer = Answerer(served, engine, load_resident(run.path("rewards", served.reward)))
-    for row in read_table(run.path("data/dev.parquet"))[:1]:  # brings the reward's networks into memory, and shows that it can score
-        shown = Demonstration.from_row(row)
-        answerer.work([ScoreAsk(shown.prompt.content, [shown.completion])])
+    with one_core():
+        engine = load_engine(run.path("policies", served.policy), served.sampling, recipe.data.chat_template)
+        answerer = Answerer(served, engine, load_resident(run.path("rewards", served.reward)))
+        for row in read_table(run.path("data/dev.parquet"))[:1]:  # brings the reward's networks into memory, and shows that it can score
+            shown = Demonstration.from_row(row)
+            answerer.work([ScoreAsk(shown.prompt.content, [shown.completion])])
     return answerer
 
 
