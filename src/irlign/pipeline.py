@@ -282,19 +282,20 @@ def optimise(recipe: Recipe, run: Run) -> None:
         run.do("optimise", lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
         return
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
+    here = recipe.sampling.model_copy(update={"engine": "transformers"})  # no other engine knows the weights of a candidate
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.align import align
         from irlign.optimise.methods import Work
 
-        choice = align(Work(run, settings, recipe.sampling, selector, template, folder, recipe.report_to), __version__)
+        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to), __version__)
         say(f"optimise: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
     run.do(
         "optimise",
         build,
-        settings={"optimise": settings, "sampling": recipe.sampling, "reward": selector, "judge": JUDGE, "chat_template": template},
+        settings={"optimise": settings, "sampling": here.identity, "reward": selector, "judge": JUDGE, "chat_template": template},
         inputs=_inside(
             *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),
             *("policies/sft", "policies/init", *(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),

@@ -53,6 +53,14 @@ def bf16_pays(parameters: int) -> bool:
     return parameters >= BF16_PAYS_FROM and bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def precision(model: "PreTrainedModel", settings: TrainerSettings) -> bool:
+    """Make the weights of a model float32 where they are trained themselves, since small steps are lost in bf16; returns whether computing
+    in bf16 (autocast) pays all the same."""
+    if not settings.use_peft:
+        model.float()
+    return bf16_pays(sum(p.numel() for p in model.parameters()))
+
+
 def training_arguments(
     settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str, config: Config | None = None
 ) -> Any:

@@ -95,7 +95,7 @@ def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path):
 
 
 def _train(method, policy, folder, monkeypatch, **settings):
-    monkeypatch.setattr(rloo, "load_reward", lambda path: Cats())
+    monkeypatch.setattr(rloo, "load_resident", lambda path: Cats())
     config = on_policy_config(method, OnPolicySettings(num_generations=4), SamplingSettings(max_new_tokens=12))
     defaults = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, "trainer": {"logging_steps": 1}}
     places = {"folder": folder / "aligned", "checkpoints": folder / "checkpoints"}

@@ -11,7 +11,7 @@ from irlign.files import read_json
 from irlign.records import Contrast, Prompt
 from irlign.reward import ensemble
 from irlign.reward.ensemble import combine, train_ensemble
-from irlign.reward.load import kept, load_reward, score_all
+from irlign.reward.load import load_resident, load_reward, score_all
 from irlign.reward.model import Classifier
 from irlign.reward.publish import held_to_likelihood, publish_held, publish_log_ratios, publish_reward
 from irlign.reward.train import RewardSettings, fold_of_pairs
@@ -137,7 +137,7 @@ def test_a_reward_held_to_the_likelihood_by_hand(policy, tmp_path):
     assert load_reward(tmp_path / "rewards/r+likelihood").score(*ASK) == pytest.approx(scores)
     both = score_all({name: tmp_path / "rewards" / name for name in ("r+likelihood", "likelihood", "r")}, *ASK)
     assert both["r+likelihood"] == pytest.approx(scores) and both["r"] == pytest.approx(parts[0])
-    held = kept(load_reward(tmp_path / "rewards/r+likelihood"))
+    held = load_resident(tmp_path / "rewards/r+likelihood")
     assert held.score(*ASK) == pytest.approx(scores)
     shutil.rmtree(tmp_path / "policies/sft")  # what it reads with is in memory
     (tmp_path / "rewards/r/model.safetensors").unlink()

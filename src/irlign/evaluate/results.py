@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,43 @@ JUDGED = "judged.jsonl"  # of the run: every verdict that was paid for
 ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Answers as groups, by the rewards in folders and by the golden reward, which judges the text a user would get; rewards see it under
+    the ending rule of their training."""
+
+    rewards: Mapping[str, Path]
+    golden: Golden | None
+    golden_name: str
+
+    def samples(self, samples: Sequence[Sample], scores: Mapping[str, Any] | None = None) -> Group:
+        """A policy's answers; `scores` where they are known already."""
+        return self._group(
+            [s.prompt for s in samples], [s.completion for s in samples], [s.finished for s in samples], scores, mean_logprobs(samples)
+        )
+
+    def demonstrations(self, shown: Sequence[Demonstration]) -> Group:
+        """What was demonstrated, whole and of no policy."""
+        return self._group([d.prompt for d in shown], [d.completion for d in shown], [True] * len(shown), None, None)
+
+    def _group(
+        self,
+        prompts: Sequence[Prompt],
+        raw: Sequence[str],
+        done: Sequence[bool],
+        scores: Mapping[str, Any] | None,
+        likelihood: np.ndarray | None,
+    ) -> Group:
+        contents = [p.content for p in prompts]
+        if scores is None:
+            seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
+            known: Mapping[str, Any] = score_all(self.rewards, contents, seen) if contents else {key: [] for key in self.rewards}
+            scores = {**known, "length": length(contents, seen)}
+        rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+        true = score_golden(self.golden, contents, raw, self.golden_name) if self.golden and contents else None
+        return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
+
+
 def measure(
     run: Run,
     learned: str,
@@ -37,68 +76,22 @@ def measure(
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test, and where
     there is an `aligned` policy its samples. `candidates`: the candidates came from elsewhere, and pi_SFT's own samples stand beside them.
 
-    `learned` names the reward that was trained; which one selects is in choice.json. Golden judges the text a user would get;
-    rewards see it under the ending rule of their training.
+    `learned` names the reward that was trained; which one selects is in choice.json.
     """
     choice = read_json(run.path("best_of_n/choice.json"))
     optimised = read_json(run.path("optimise/choice.json")) if aligned else None
-    selector = choice["reward"]
-    rewards_of = {name: run.path("rewards", name) for name in dict.fromkeys((learned, selector))}
-
-    def drawn(samples: Sequence[Sample], scores: Mapping[str, Any] | None = None) -> Group:
-        return group(
-            [s.prompt for s in samples], [s.completion for s in samples], [s.finished for s in samples], scores, mean_logprobs(samples)
-        )
-
-    def group(
-        prompts: Sequence[Prompt],
-        raw: Sequence[str],
-        done: Sequence[bool],
-        scores: Mapping[str, Any] | None = None,
-        likelihood: np.ndarray | None = None,
-    ) -> Group:
-        contents = [p.content for p in prompts]
-        seen = [ended(text, finished) for text, finished in zip(raw, done, strict=True)]
-        if scores is None:
-            scores = {**(score_all(rewards_of, contents, seen) if contents else {selector: []}), "length": length(contents, seen)}
-        rewards = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
-        true = score_golden(golden, contents, raw, golden_name) if golden and contents else None
-        return Group([p.prompt_id for p in prompts], raw, np.array(done, dtype=bool), rewards, true, likelihood)
-
-    candidate_rows = _test_rows(run, "best_of_n/candidates.parquet")
-    stored: dict[str, Any] = {
-        key.removeprefix(SCORE): [row[key] for row in candidate_rows]
-        for key in candidate_rows[0]
-        if key.startswith(SCORE) or key in ("judge", "style")
-    }
-    stored = {name: values for name, values in stored.items() if values[0] is not None}
-    pool, initial = ([Sample.from_row(row) for row in of] for of in (candidate_rows, _test_rows(run, "pools/init.parquet")))
-    answers = stored_demonstrations(run, "test")
-    from_sft = drawn(pool, {**stored, **_controls(pool, answers)})
-    measured = Evaluation(
-        initial=drawn(initial),
-        pool=from_sft,
-        sft=drawn([Sample.from_row(row) for row in _test_rows(run, "pools/sft.parquet")]) if candidates else None,
-        aligned=_aligned(optimised, from_sft, lambda: drawn([Sample.from_row(row) for row in _test_rows(run, "pools/aligned.parquet")])),
-        demonstrations=group([d.prompt for d in answers], [d.completion for d in answers], [True] * len(answers)),
-        selector=selector,
-        learned=learned,
-        settings=settings,
-        seed=run.seed,
-        chosen=choice["n"],
-        used=_used(run, candidate_rows),
-    )
+    pool = _test_rows(run, "best_of_n/candidates.parquet")
+    reader = Reader({name: run.path("rewards", name) for name in dict.fromkeys((learned, choice["reward"]))}, golden, golden_name)
+    measured = _evaluation(run, reader, pool, choice, optimised, learned=learned, settings=settings, candidates=candidates)
     truth = measured.golden(golden_name) if golden else None
     about = read_json(run.path("rewards", learned, "reward.json"))
-    nll = run.stages.get("sft", {}).get("notes", {}).get("dev_nll")
     heldout = {
         "reward": {key: about.get(key) for key in ABOUT},
         **measured.heldout(),
         "judge": measured.judged(),
-        "demonstration_nll": nll,
+        "demonstration_nll": run.stages.get("sft", {}).get("notes", {}).get("dev_nll"),
     }
-    tests = measured.tests("golden" if golden else selector)
-    adaptive, more = adaptive_point(measured, np.array([s.tokens for s in pool])) if choice["adaptive"] else (None, [])
+    adaptive, more = adaptive_point(measured, np.array([row["tokens"] for row in pool])) if choice["adaptive"] else (None, [])
     results = {
         "golden": truth,
         "heldout": heldout,
@@ -107,13 +100,48 @@ def measure(
         "optimise": optimised,
         "base": measured.base,
         "adaptive": adaptive,
-        "tests": [*tests, *more],
+        "tests": [*measured.tests("golden" if golden else choice["reward"]), *more],
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
-    rows = measured.rows({s.prompt.prompt_id: shown(s.prompt.content) for s in pool})
+    rows = measured.rows({row["prompt_id"]: shown(Prompt.from_row(row).content) for row in pool})
     results["pairwise"] = _pairwise(results, rows, settings, run) if settings.judge else None
     return {"headline": headline(results), **results}, rows
+
+
+def _evaluation(
+    run: Run,
+    reader: Reader,
+    pool: Sequence[Mapping[str, Any]],
+    choice: Mapping[str, Any],
+    optimised: Mapping[str, Any] | None,
+    *,
+    learned: str,
+    settings: EvaluationSettings,
+    candidates: bool,
+) -> Evaluation:
+    """Everything on the test prompts: the pool, whose scores are stored, and what is scored now."""
+
+    def drawn(name: str) -> Group:
+        return reader.samples([Sample.from_row(row) for row in _test_rows(run, f"pools/{name}.parquet")])
+
+    columns = [key for key in pool[0] if key.startswith(SCORE) or key in ("judge", "style")]
+    stored = {key.removeprefix(SCORE): [row[key] for row in pool] for key in columns if pool[0][key] is not None}
+    samples, answers = [Sample.from_row(row) for row in pool], stored_demonstrations(run, "test")
+    from_sft = reader.samples(samples, {**stored, **_controls(samples, answers)})
+    return Evaluation(
+        initial=drawn("init"),
+        pool=from_sft,
+        sft=drawn("sft") if candidates else None,
+        aligned=_aligned(optimised, from_sft, lambda: drawn("aligned")),
+        demonstrations=reader.demonstrations(answers),
+        selector=choice["reward"],
+        learned=learned,
+        settings=settings,
+        seed=run.seed,
+        chosen=choice["n"],
+        used=_used(run, pool),
+    )
 
 
 def _pairwise(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: EvaluationSettings, run: Run) -> dict[str, Any]:

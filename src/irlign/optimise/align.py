@@ -134,5 +134,5 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     (work.folder / "policies/aligned/README.md").write_text(card, encoding="utf-8")
     if place:
         pool = work.folder / "pools/aligned.parquet"
-        publish_card(pool, "aligned", pool_statistics(read_pool(pool)), work.sampling.model_copy(update={"engine": "transformers"}))
+        publish_card(pool, "aligned", pool_statistics(read_pool(pool)), work.sampling)
     write_json(work.folder / "optimise/choice.json", choice)

@@ -69,7 +69,8 @@ class OptimiseSettings(TrainerSettings):
 
 @dataclass(frozen=True)
 class Work:
-    """What the stage works on: a run up to `bon`, the settings, `reward` (the one that selects), and the folder it builds in."""
+    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), and the folder it
+    builds in."""
 
     run: Run
     settings: OptimiseSettings
@@ -92,10 +93,10 @@ class Work:
         return self.policy(number - 1) if name == "before" else self.run.path("policies", name)
 
     def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
-        """Samples of a round's policy, in `NAME.parquet` beside it. Its weights are here and no endpoint knows it, so they are drawn here."""
+        """Samples of a round's policy, in `NAME.parquet` beside it."""
         pool = self.round(number) / f"{name}.parquet"
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
-        draw_pool(self.policy(number), wanted, self.sampling.model_copy(update={"engine": "transformers"}), folder=pool, **about)
+        draw_pool(self.policy(number), wanted, self.sampling, folder=pool, **about)
         return read_pool(pool)
 
 

@@ -6,7 +6,7 @@ from the format of SFT and sampling (a second BOS, EOS after a cut answer, speci
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +24,7 @@ from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.policy.sft import collate
 from irlign.records import Contrast, Demonstration, Prompt, Sample
 from irlign.reward.controls import by_prompt
-from irlign.training import Config, TrainerSettings, adapter, bf16_pays, fit, logged, merged, training_arguments
+from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
 Labelled = tuple[Prompt, str, bool]  # a prompt, an answer, whether it is desirable
@@ -138,52 +138,17 @@ def kto_config(settings: PreferenceSettings) -> Config:
 
 
 def train_dpo(
-    start: Path,
-    train: Sequence[Contrast],
-    dev: Sequence[Demonstration],
-    settings: TrainerSettings,
-    *,
-    config: Config,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    start: Path, train: Sequence[Contrast], dev: Sequence[Demonstration], settings: TrainerSettings, *, config: Config, **about: Any
 ) -> dict[str, Any]:
-    """Train the policy in `start`, which is also the reference, on pairs, and save it in `folder` as a plain transformers checkpoint:
+    """Train the policy in `start`, which is also the reference, on pairs, and save it as a plain transformers checkpoint:
     `-log s(beta (log pi/pi_start(better) - log pi/pi_start(worse)))` a pair (arXiv 2305.18290, equation 7).
 
-    Returns steps, losses, what TRL logged, and the loss on the dev demonstrations (nats a completion token) before and after. Raises
-    ModelError on divergence.
+    `about` is what `_train` takes further, as in the sibling files: chat_template, folder, checkpoints, seed, report_to. Returns steps, losses, what TRL
+    logged, and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence.
     """
-    from datasets import Dataset
-    from transformers import set_seed
     from trl import DPOTrainer
 
-    set_seed(seed)
-    policy = load_policy(str(start), "start")
-    form = Format(policy.tokenizer, chat_template)
-    rows = pair_rows(form, train)
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored = policy.model.dtype
-    if not settings.use_peft:
-        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
-    trainer = DPOTrainer(
-        model=policy.model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=lambda batch: pair_batch(batch, policy.pad_id, policy.max_length),
-        processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
-        peft_config=adapter(settings, "CAUSAL_LM"),
-    )
-    log = {**fit(trainer, "optimise", checkpoints), "logged": logged(trainer, METRICS)}
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+    return _train(DPOTrainer, start, lambda form: pair_rows(form, train), pair_batch, dev, settings, config=config, **about)
 
 
 def train_kto(
@@ -193,40 +158,57 @@ def train_kto(
     settings: TrainerSettings,
     *,
     config: Config,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
     seed: int,
-    report_to: str,
+    **about: Any,
 ) -> dict[str, Any]:
     """The same on single answers: `w (1 - s(beta (h - z)))` for a desirable one and `1 - s(beta (z - h))` for another, with `h` its log-ratio
     to the start, `z` the KL estimated over the batch (arXiv 2402.01306, equation 8), and `w` such that both kinds weigh the same in all.
 
     TRL reads the rows in the order they have, since `z` rests on neighbours: they are shuffled here, once for all passes.
     """
-    from datasets import Dataset
-    from transformers import set_seed
     from trl import KTOTrainer
 
+    shuffled = [train[i] for i in np.random.default_rng(seed).permutation(len(train))]
+    desirable = sum(label for _, _, label in train)
+    config = (config[0], {"desirable_weight": (len(train) - desirable) / desirable, **config[1]})
+    return _train(
+        KTOTrainer, sft, lambda form: labelled_rows(form, shuffled), labelled_batch, dev, settings, config=config, seed=seed, **about
+    )
+
+
+def _train(
+    kind: Any,
+    start: Path,
+    rows_of: Callable[[Format], list[dict[str, Any]]],
+    batch_of: Callable[[Sequence[dict[str, Any]], int, int], dict[str, Any]],
+    dev: Sequence[Demonstration],
+    settings: TrainerSettings,
+    *,
+    config: Config,
+    chat_template: str,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
+    report_to: str,
+) -> dict[str, Any]:
+    """A trainer of TRL's, `kind`, on rows that `batch_of` makes into tensors."""
+    from datasets import Dataset
+    from transformers import set_seed
+
     set_seed(seed)
-    policy = load_policy(str(sft), "sft")
+    policy = load_policy(str(start), "start")
     form = Format(policy.tokenizer, chat_template)
-    rows = labelled_rows(form, [train[i] for i in np.random.default_rng(seed).permutation(len(train))])
+    rows = rows_of(form)
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
     before = mean_nll(policy, dev_rows) if dev_rows else None
 
-    stored = policy.model.dtype
-    if not settings.use_peft:
-        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    desirable = sum(row["label"] for row in rows)
-    config = (config[0], {"desirable_weight": (len(rows) - desirable) / desirable, **config[1]})
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
-    trainer = KTOTrainer(
+    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
+    trainer = kind(
         model=policy.model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        data_collator=lambda batch: labelled_batch(batch, policy.pad_id, policy.max_length),
+        data_collator=lambda batch: batch_of(batch, policy.pad_id, policy.max_length),
         processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
         peft_config=adapter(settings, "CAUSAL_LM"),
     )

@@ -23,10 +23,10 @@ from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.load import kept, load_reward
+from irlign.reward.load import load_resident
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
-from irlign.training import Config, TrainerSettings, adapter, bf16_pays, fit, logged, merged, training_arguments
+from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
 
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std")
 
@@ -158,13 +158,10 @@ def train_on_policy(
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
     before = mean_nll(policy, dev_rows) if dev_rows else None
 
-    stored = policy.model.dtype
-    if not settings.use_peft:
-        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to, config=config)
+    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
-    scorer: Any = reward_function(kept(load_reward(reward)), form, train, _ends(policy), length_penalty)
+    scorer: Any = reward_function(load_resident(reward), form, train, _ends(policy), length_penalty)
     scorer.__name__ = "shaped"
     trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
         model=policy.model,

@@ -13,7 +13,7 @@ from irlign.policy.likelihood import mean_nll
 from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.policy.sft import collate
 from irlign.records import Demonstration
-from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
+from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +65,8 @@ def train_weighted_sft(
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
     before = mean_nll(policy, dev_rows) if dev_rows else None
 
-    stored = policy.model.dtype
-    if not settings.use_peft:
-        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
+    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
     rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     constant = step_constant([len(r.completion_ids) for r in rows], rows_a_step)
     trainer = Trainer(

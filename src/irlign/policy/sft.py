@@ -12,7 +12,7 @@ from irlign.data.chat import IGNORED, Format, pad, template_in_words
 from irlign.policy.likelihood import mean_nll
 from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.records import Demonstration
-from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
+from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
 
 CARD = """---
 library_name: transformers
@@ -76,11 +76,8 @@ def train_sft(
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
     before = mean_nll(policy, dev_rows) if dev_rows else None
 
-    stored = policy.model.dtype
-    if not settings.use_peft:
-        policy.model.float()  # small steps are lost in bf16 weights; autocast still computes in bf16 where it pays
-    parameters = sum(p.numel() for p in policy.model.parameters())
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
+    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
+    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),
         args=arguments,

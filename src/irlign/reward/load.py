@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +83,6 @@ def member_loader(features: Features | None = None) -> Callable[[Path], RewardMo
         return reward
 
     return loader
-
-
-def kept(reward: Any) -> Any:
-    """The same reward, but whatever it reads with stays in memory once it is loaded: for whoever scores again and again."""
-    if isinstance(reward, Ensemble | LogRatio):
-        load: Callable[..., Any] = reward.loader
-        reward.loader = cache(lambda *given: kept(load(*given)))
-    return reward
 
 
 def score_all(folders: Mapping[str, Path], prompts: Sequence[PromptContent], completions: Sequence[str]) -> dict[str, np.ndarray]:
