@@ -270,7 +270,11 @@ def test_ctrl_c_says_that_the_run_can_go_on(capsys, recipe, monkeypatch):
     from irlign import pipeline
 
     monkeypatch.setattr(pipeline, "run", lambda *_: signal.raise_signal(signal.SIGINT))
-    code, _, err = _run(capsys, "run", "--config", recipe)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    try:
+        code, _, err = _run(capsys, "run", "--config", recipe)
+    finally:
+        signal.signal(signal.SIGINT, found)
     assert (code, err) == (130, "irlign: interrupted; the same command goes on where it stopped\n")
 
 
