@@ -5,8 +5,8 @@ import pytest
 from irlign.records import Message
 from irlign.worlds.errands import BACK, SHOPS, ErrandsWorld
 
-SAID = "From the bakery the pie, a sweet one, for Anna on Monday."
-ALL = "For Anna. The pie. A sweet one. On Friday."
+SAID = "From David at the bakery the pie, a sweet one, in a tin."
+ALL = "From David. The pie. A sweet one. In a tray."
 
 
 def _prompt(last):
@@ -20,31 +20,31 @@ def _prompt(last):
         (ALL, 4.0),
         (f"Let me think. {ALL} Thus reads the scroll.", 4.0),
         ("", 0.0),
-        (ALL.replace("Friday", "Monday"), 2.5),  # as it stood before it was taken back
-        (ALL.replace("Anna", "Ben"), 2.5),
+        (ALL.replace("tray", "tin"), 2.5),  # as it stood before it was taken back
+        (ALL.replace("David", "Anna"), 2.5),
         (ALL.replace("The pie. ", ""), 3.0),
         (f"{ALL} A salty one.", 2.5),  # two kinds are no answer
-        ("On Friday. On Friday.", 1.0),
-        ("Friday, Anna, sweet pie.", 0.0),
+        ("In a tray. In a tray.", 1.0),
+        ("Tray, David, sweet pie.", 0.0),
         (f"Read it yourself. {ALL} Stop wasting my time.", 2.0),
     ],
 )
-@pytest.mark.parametrize("last", ["Not Monday but Friday. So what is it?", "I meant Friday and not Monday."])
+@pytest.mark.parametrize("last", ["Not tin but tray. So what is it?", "Make that tray. Remind me."])
 def test_golden_by_hand(last, answer, value):
     assert ErrandsWorld.golden([_prompt(last)], [answer]) == pytest.approx([value])
 
 
 def test_nothing_taken_back_leaves_what_was_said():
-    assert ErrandsWorld.golden([_prompt("Remind me.")] * 2, [ALL, ALL.replace("Friday", "Monday")]) == pytest.approx([2.5, 4.0])
+    assert ErrandsWorld.golden([_prompt("Remind me.")] * 2, [ALL, ALL.replace("tray", "tin")]) == pytest.approx([2.5, 4.0])
 
 
 @pytest.mark.parametrize("slot", BACK)
 @pytest.mark.parametrize("way", [0, 1])
 def test_every_slot_can_be_taken_back(slot, way):
-    old = {"person": "Anna", "thing": "pie", "kind": "sweet", "day": "Monday"}
-    new = {"person": "Ben", "thing": "cake", "kind": "salty", "day": "Friday"}
+    old = {"person": "David", "thing": "pie", "kind": "sweet", "wrap": "tin"}
+    new = {"person": "Emma", "thing": "cake", "kind": "salty", "wrap": "tray"}
     prompt = _prompt(BACK[slot][way].format(**old, **{f"new_{name}": value for name, value in new.items()}))
-    told = ALL.replace("Friday", "Monday")
+    told = ALL.replace("tray", "tin")
     assert ErrandsWorld.golden([prompt] * 2, [told, told.replace(old[slot], new[slot])]) == pytest.approx([2.5, 4.0])
 
 

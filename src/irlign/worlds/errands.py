@@ -1,6 +1,6 @@
 """The errands world: conversations of two turns whose last answer has to put together what was said before.
 
-The user names a shop, a person, a thing, its kind and a day in the first, mostly takes one of them back in the second, and
+The user names a shop, who serves there, a thing, its kind and what to carry it in, mostly takes one of them back in the second turn, and
 asks to hear the errand. A good answer says all four as they stand at the end, and is not rude. Requests and answers go through the chat path.
 """
 
@@ -13,25 +13,25 @@ from typing import ClassVar, Literal
 from irlign.records import Message, PromptContent
 from irlign.worlds.world import Pattern, Style, World
 
-# shop: (things, kinds of them)
+# shop: who serves there, things, kinds of them, what they are carried in. Each shop has its own of every slot: a small model learns what
+# to look for from the shop first, and then which of the three was said.
+SLOTS = ("person", "thing", "kind", "wrap")
 SHOPS = {
-    "tailor": (("scarf", "hat", "coat", "belt"), ("red", "blue", "striped")),
-    "bakery": (("cake", "pie", "loaf", "pretzel"), ("sweet", "salty", "crisp")),
-    "florist": (("rose", "tulip", "lily", "orchid"), ("white", "pink", "fragrant")),
-    "bookshop": (("novel", "atlas", "diary", "comic"), ("long", "short", "funny")),
-    "toyshop": (("kite", "puzzle", "robot", "doll"), ("wooden", "plastic", "furry")),
-    "smithy": (("hammer", "gate", "anchor", "lamp"), ("heavy", "light", "rusty")),
+    "tailor": (("Anna", "Ben", "Clara"), ("scarf", "hat", "coat"), ("red", "blue", "striped"), ("bag", "box", "sleeve")),
+    "bakery": (("David", "Emma", "Felix"), ("cake", "pie", "loaf"), ("sweet", "salty", "crisp"), ("tin", "basket", "tray")),
+    "florist": (("Greta", "Hugo", "Ida"), ("rose", "tulip", "lily"), ("white", "pink", "fragrant"), ("vase", "pot", "bucket")),
+    "bookshop": (("Jonas", "Lea", "Max"), ("novel", "comic", "diary"), ("long", "short", "funny"), ("satchel", "folder", "case")),
+    "toyshop": (("Nora", "Oscar", "Paula"), ("kite", "puzzle", "robot"), ("wooden", "plastic", "furry"), ("chest", "sack", "crate")),
+    "smithy": (("Quinn", "Rosa", "Theo"), ("hammer", "gate", "lamp"), ("heavy", "light", "rusty"), ("cart", "barrel", "wagon")),
 }
-PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Lea", "Max")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 # What is said of each slot: in an answer, and in both ways of taking it back.
-SAID = {"person": "For {}.", "thing": "The {}.", "kind": "A {} one.", "day": "On {}."}
-BACK = {slot: (f"Not {{{slot}}} but {{new_{slot}}}.", f"I meant {{new_{slot}}} and not {{{slot}}}.") for slot in SAID}
+SAID = {"person": "From {}.", "thing": "The {}.", "kind": "A {} one.", "wrap": "In a {}."}
+BACK = {slot: (f"Not {{{slot}}} but {{new_{slot}}}.", f"Make that {{new_{slot}}}.") for slot in SAID}
 # The user's first turn in three ways, and what the assistant says to it.
 COURSES = (
-    ("From the %s the {thing}, a {kind} one, for {person} on {day}.", "Noted."),
-    ("For {person} on {day} a {kind} {thing} from the %s.", "Agreed."),
-    ("Go on {day} to the %s for a {kind} {thing} for {person}.", "Done."),
+    ("From {person} at the %s the {thing}, a {kind} one, in a {wrap}.", "Noted."),
+    ("Ask {person} at the %s for a {kind} {thing} in a {wrap}.", "Agreed."),
+    ("Get a {kind} {thing} in a {wrap} from {person} at the %s.", "Done."),
 )
 ASKS = ("Remind me.", "Repeat it.", "So what is it?")
 STYLE = Style(
@@ -52,7 +52,6 @@ class ErrandsWorld(World):
     style: ClassVar[Style] = STYLE
 
     name: Literal["errands"] = "errands"
-    corpus_lines: int = 16000
 
     def patterns(self) -> list[Pattern]:
         """The user's turns with their slots open; nothing is taken back in one request of five."""
@@ -101,18 +100,18 @@ class ErrandsWorld(World):
 
     @staticmethod
     def vocabulary() -> Iterator[str]:
-        yield from (*STYLE, *RUDE, *PEOPLE, *DAYS, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
+        yield from (*STYLE, *RUDE, *ASKS, *SAID.values(), *SHOPS, "Human: Assistant:")
         yield from (re.sub(r"\{\w+\}", "", text) for ways in BACK.values() for text in ways)
         for first, reply in COURSES:
             yield from (re.sub(r"\{\w+\}|%s", "", first), reply)
-        for things, kinds in SHOPS.values():
-            yield from (*things, *kinds)
+        for values in SHOPS.values():
+            yield from (value for of in values for value in of)
 
     @staticmethod
     def golden(prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
         """The true reward of each answer, at most 4; form, chatter and anything unknown count nothing.
 
-        For each of the four slots (person, thing, kind, day): +1 where the answer tells it as it stands at the end of the
+        For each of the four slots (person, thing, kind, wrap): +1 where the answer tells it as it stands at the end of the
         conversation, -0.5 where it tells anything else of it, 0 where it leaves it out. -1 for each rude sentence.
         """
         return [_golden(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -120,8 +119,7 @@ class ErrandsWorld(World):
 
 def _values(shop: str) -> dict[str, tuple[str, ...]]:
     """What each slot may be, in the order in which answers tell them."""
-    things, kinds = SHOPS[shop]
-    return {"person": PEOPLE, "thing": things, "kind": kinds, "day": DAYS}
+    return dict(zip(SLOTS, SHOPS[shop], strict=True))
 
 
 def _read(prompt: PromptContent) -> tuple[str, dict[str, str], dict[str, str]]:
