@@ -210,21 +210,29 @@ def plan(
     those of an answer for the data file. Raises ConfigError, DataError or ModelError where something it reads is wrong.
     """
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
-    if recipe.pools is not None:
-        what = "the samples are given, and no policy is trained: only the reward reads and learns"
-        raise ConfigError(what, where="pools", do="`irlign validate` says what the files hold")
     given = (prompts, prompt_tokens, answer_tokens)
     if any(given) and not all(given):
         raise ConfigError("sizes are given together", where="irlign plan", do="give --prompts, --prompt-tokens and --answer-tokens")
+    return render(*_planned(recipe, flops, given), measured=flops is None)
+
+
+def planned(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe and what they will cost on this machine. Raises as `plan` does."""
+    return _planned(recipe, None, (None, None, None))[0]
+
+
+def _planned(recipe: Recipe, flops: float | None, given: tuple[Any, Any, Any]) -> tuple[list[Stage], Recipe, Sizes, Shape, Speed]:
+    if recipe.pools is not None:
+        what = "the samples are given, and no policy is trained: only the reward reads and learns"
+        raise ConfigError(what, where="pools", do="`irlign validate` says what the files hold")
     if recipe.world is not None:
         sizes, shape = world_sizes(recipe)
     else:
         shape = shape_of(str(recipe.model_name_or_path), flops is None and has_cuda())
-        sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)  # type: ignore[arg-type]
+        sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)
     own = recipe.reward.backbone in ("sft", "init", "words")  # words cost next to nothing
     speed = Speed(flops, flops) if flops else measured_speed(shape.parameters)
-    table = stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed)
-    return render(table, recipe, sizes, shape, speed, measured=flops is None)
+    return stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed), recipe, sizes, shape, speed
 
 
 def render(table: Sequence[Stage], recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, *, measured: bool) -> str:

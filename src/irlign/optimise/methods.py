@@ -67,10 +67,15 @@ class OptimiseSettings(TrainerSettings):
         return self
 
 
+def stage_of(name: str) -> str:
+    """The stage that publishes the policy of this name: `optimise` is that of `aligned`."""
+    return "optimise" if name == "aligned" else f"optimise-{name}"
+
+
 @dataclass(frozen=True)
 class Work:
-    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), and the folder it
-    builds in."""
+    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), the folder it
+    builds in, and the `name` that the published policy gets."""
 
     run: Run
     settings: OptimiseSettings
@@ -79,6 +84,12 @@ class Work:
     chat_template: str
     folder: Path
     report_to: str = "none"
+    name: str = "aligned"
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, and that of the folder with choice.json."""
+        return stage_of(self.name)
 
     def round(self, number: int) -> Path:
         """Where a round's policy, pools and log are built."""
@@ -98,6 +109,11 @@ class Work:
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
         draw_pool(self.policy(number), wanted, self.sampling, folder=pool, **about)
         return read_pool(pool)
+
+    def drawn(self, number: int) -> int:
+        """Tokens that were drawn of the policy before this round on the train prompts."""
+        pool = self.round(number - 1) / "train.parquet"
+        return sum(sample.tokens for sample in read_pool(pool)) if pool.exists() else 0
 
 
 def own_answers(work: Work, number: int) -> list[Sample]:
