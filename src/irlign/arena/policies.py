@@ -26,9 +26,13 @@ SETTINGS: Mapping[
     "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
     "dpo": {"answers": 32, "learning_rate": 1e-4, "num_train_epochs": 4},
     "spin": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 1},
+    "ditto": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 1},
     "kto": {"learning_rate": 1e-4, "num_train_epochs": 3},
+    "gsil": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 2},
     "rloo": ON_POLICY,
     "grpo": ON_POLICY,
+    "rlsr": ON_POLICY,
+    "gad": {**ON_POLICY, "discriminator": {"learning_rate": 5e-4, "num_train_epochs": 2}},
 }
 
 

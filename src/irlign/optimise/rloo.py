@@ -23,7 +23,6 @@ from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.load import load_resident
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
 from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
@@ -32,7 +31,7 @@ METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "
 
 
 class OnPolicySettings(Settings):
-    """rloo, grpo. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
+    """rloo, grpo, rlsr, gad. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
 
     beta: float = Field(0.05, ge=0, description="standard deviations of the reward that a nat of KL to pi_SFT costs; 0 lets the policy go")
     num_generations: int = Field(
@@ -42,6 +41,9 @@ class OnPolicySettings(Settings):
         1.0,
         ge=0,
         description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
+    )
+    encoder: str = Field(
+        "words", description="rlsr: what answers are compared in: words (hashed words and word pairs), or an encoder's folder or Hub id"
     )
 
 
@@ -132,7 +134,7 @@ def train_on_policy(
     settings: TrainerSettings,
     *,
     config: Config,
-    reward: Path,
+    reward: RewardModel,
     length_penalty: float,
     chat_template: str,
     folder: Path,
@@ -161,7 +163,7 @@ def train_on_policy(
     stored, bf16 = policy.model.dtype, precision(policy.model, settings)
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
-    scorer = reward_function(load_resident(reward), form, train, _ends(policy), length_penalty)
+    scorer = reward_function(reward, form, train, _ends(policy), length_penalty)
     drawn: list[int] = []
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
