@@ -58,7 +58,8 @@ MAY = {  # part of the package -> parts it may import, besides its own files
         "seeds",
         "__init__",
     },
-    "arena": SPINE | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "report", "plots", "pipeline"},
+    "arena": SPINE
+    | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "plan", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
     "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "compare", "arena", "serve"},

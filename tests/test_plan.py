@@ -68,9 +68,12 @@ def test_every_stage_by_hand():
         ("weighted-sft", 3 * 20, 0, 0, 0),
         ("dpo", 3 * 10 * 2, 0, 30, 1),  # a pair for each prompt
         ("spin", 3 * 30 * 2, 0, 0, 1),  # a pair for each own answer
+        ("ditto", 3 * 30 * 2, 0, 0, 1),
+        ("gsil", 3 * (20 + 30), 0, 0, 1 / 3),  # the reference reads a row once, in three passes
         ("kto", 3 * (20 + 30), 0, 0, 3),
         ("rloo", 3 * 10 * 8, 3 * 10 * 8, 30 + 3 * 10 * 8, 2),  # eight answers to each prompt, in each of three passes
         ("grpo", 3 * 10 * 8, 3 * 10 * 8, 30 + 3 * 10 * 8, 1),
+        ("rlsr", 3 * 10 * 8, 3 * 10 * 8, 0, 1),  # words cost next to nothing
     ],
 )
 def test_every_policy_method_by_hand(method, trained, drawn, scored, besides):
@@ -214,3 +217,10 @@ def test_numbers_in_three_digits():
     assert [short(x) for x in (0, 7, 999, 999.6, 1240, 12_400, 999_500, 1.5e9, 4.6e12)] == [
         "0", "7", "999", "1.00 k", "1.24 k", "12.4 k", "1.00 M", "1.50 G", "4.60 T",
     ]  # fmt: skip
+
+
+def test_rounds_and_the_discriminator_by_hand():
+    """ditto's second round mixes in 3 pairs for every 7; gad's discriminator learns a pair for each own answer and scores what grpo's reward does."""
+    assert _stages("optimise.method=ditto", "optimise.rounds=2")["optimise"].trained == pytest.approx(3 * (30 + 30 + 30 * 3 / 7) * 2 * 20)
+    grpo, gad = (_stages(f"optimise.method={name}", "optimise.discriminator.num_train_epochs=2")["optimise"] for name in ("grpo", "gad"))
+    assert gad.trained == grpo.trained + 2 * 30 * 2 * 20 and gad.read == grpo.read - (30 + 3 * 10 * 8) * 20  # one network, no likelihood

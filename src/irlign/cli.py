@@ -127,7 +127,9 @@ def bon(
 @app.command(context_settings=PASS_ON)
 def optimise(
     context: Context,
-    method: Annotated[str, typer.Argument(help="distill, weighted-sft, dpo, spin, kto, rloo, grpo; none leaves the stage out")],
+    method: Annotated[
+        str, typer.Argument(help="distill, weighted-sft, dpo, spin, ditto, kto, gsil, rloo, grpo, rlsr, gad; none leaves the stage out")
+    ],
     config: Config = None,
 ) -> None:
     """From the reward to a policy that needs none at inference: policies/aligned."""

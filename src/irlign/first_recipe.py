@@ -42,7 +42,7 @@ STARTS = {
             Question("sft_model_name_or_path", "SFT model that you have already (empty: one is trained)"),
             Question(TEMPLATE, "Chat template: auto (the tokenizer's own), none (plain text), chatml, hh or a Jinja file", "auto"),
             Question("sft.use_peft reward.use_peft optimise.use_peft", "Train LoRA adapters instead of all weights, yes or no", "no"),
-            Question("optimise.method", "Last step: distill, weighted-sft, dpo, spin, kto, rloo, grpo or none", "distill"),
+            Question("optimise.method", "Last step: distill, another of docs/optimise, or none", "distill"),
             GOLDEN,
             OUTPUT,
         ),

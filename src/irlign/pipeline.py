@@ -19,6 +19,7 @@ from irlign.errors import ConfigError
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.inputs import read_splits, sources, stand_ins
 from irlign.optimise.label_free import JUDGE
+from irlign.optimise.methods import stage_of
 from irlign.preflight import check_method, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -274,12 +275,13 @@ def bon(recipe: Recipe, run: Run) -> None:
     )
 
 
-def optimise(recipe: Recipe, run: Run) -> None:
+def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
     """From the reward to a policy that needs none at inference, in policies/aligned: the candidate of `optimise.method` that the judge of
-    held-out demonstrations shows to beat pi_SFT, and pi_SFT itself where it shows none (optimise/safety_net.py)."""
-    settings, template = recipe.optimise, recipe.data.chat_template
+    held-out demonstrations shows to beat pi_SFT, and pi_SFT itself where it shows none (optimise/safety_net.py). Under another name it
+    is published beside it, by a stage of its own."""
+    settings, template, stage = recipe.optimise, recipe.data.chat_template, stage_of(name)
     if settings.method == "none":
-        run.do("optimise", lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
+        run.do(stage, lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
         return
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
     here = recipe.sampling.model_copy(update={"engine": "transformers"})  # no other engine knows the weights of a candidate
@@ -288,19 +290,19 @@ def optimise(recipe: Recipe, run: Run) -> None:
         from irlign.optimise.align import align
         from irlign.optimise.methods import Work
 
-        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to), __version__)
-        say(f"optimise: {choice['published']} is published: {choice['why']}")
+        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, name), __version__)
+        say(f"{stage}: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
     run.do(
-        "optimise",
+        stage,
         build,
         settings={"optimise": settings, "sampling": here.identity, "reward": selector, "judge": JUDGE, "chat_template": template},
         inputs=_inside(
             *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),
             *("policies/sft", "policies/init", *(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
         ),
-        outputs=["policies/aligned", "pools/aligned.parquet", "optimise"],
+        outputs=[f"policies/{name}", f"pools/{name}.parquet", stage],
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING, TRAINING, Shape, Speed, member_share, pairs, steps
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda
+from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
 from irlign.optimise.label_free import EXCHANGED, FEWEST
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -143,49 +144,60 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
 
 # what each method reads besides for every token that it trains on: DPO the reference; KTO that, and both policies on the rows for its KL;
 # RLOO the reference and the policy as it drew the answer; GRPO the reference
-BESIDES = {"dpo": 1, "spin": 1, "kto": 3, "rloo": 2, "grpo": 1}
+BESIDES = {"dpo": 1, "spin": 1, "ditto": 1, "kto": 3, "rloo": 2, "grpo": 1, "rlsr": 1, "gad": 1}
+PAIRED, ON_POLICY = ("dpo", "spin", "ditto"), ("rloo", "grpo", "rlsr", "gad")
+REWARDED = ("distill", "dpo", "rloo", "grpo")  # their answers are scored by the reward that selects
 
 
 def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
     """The rows of all rounds together, as optimise/methods.py makes them of `own` answers a round; all of these are taken to finish."""
     o, asked, shown = recipe.optimise, sizes.prompts["train"], sizes.rows["train"]
-    each = {"weighted-sft": shown, "dpo": asked, "kto": shown + own, "spin": own}
+    each = {"weighted-sft": shown, "dpo": asked, "kto": shown + own, "gsil": shown + own, "spin": own, "ditto": own}
     each["distill"] = asked * min(o.winners, o.answers or recipe.sampling.train_generations)
-    each["rloo"] = each["grpo"] = asked * o.on_policy.num_generations
-    return each[o.method] * o.rounds + (own * (o.rounds - 1) if o.method == "spin" else 0)  # spin mixes in the round before
+    each |= dict.fromkeys(ON_POLICY, asked * o.on_policy.num_generations)
+    before = {"spin": 1.0, "ditto": (REPLAYED + BETWEEN) / ONLINE}.get(o.method, 0.0)  # what the second round and later ones mix in
+    return each[o.method] * o.rounds + own * before * (o.rounds - 1)
 
 
 def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
     """Every round of the method: what it learns from is drawn and scored, it trains, and its answers on dev and test are drawn, judged and
-    read under three policies; nothing where the judge has too few demonstrations."""
+    read under three policies; nothing where the judge has too few demonstrations. An encoder that rlsr compares with is left out."""
     o, s, p, dev = recipe.optimise, recipe.sampling, sizes.prompts, sizes.rows["dev"]
     if o.method == "none" or min(dev, p["dev"]) < FEWEST:
         return []
-    answer, held_out, drawing = _answer(recipe, sizes), p["dev"] + p["test"], o.method in ("rloo", "grpo")
+    answer, held_out, drawing = _answer(recipe, sizes), p["dev"] + p["test"], o.method in ON_POLICY
     each = s.train_generations if drawing else 0 if o.method == "weighted-sft" else o.answers or s.train_generations
     length, own = sizes.prompt + answer, p["train"] * each
     pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
     pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
-    trained = _trained(
-        "optimise", o, _rows_of_rounds(recipe, sizes, own), length, sizes.longest, shape, speed, texts=1 + (o.method in ("dpo", "spin"))
-    )
+    rows = _rows_of_rounds(recipe, sizes, own)
+    trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED))
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
+    other = _discriminator(recipe, sizes, shape, speed, own + new) if o.method == "gad" else Stage("discriminator")
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
-    texts = own * o.rounds * (o.method in ("distill", "dpo", "rloo", "grpo")) + new
+    texts = (own * o.rounds + new) * (o.method in REWARDED)
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
     weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
-    weighed += BESIDES.get(o.method, 0) * trained.trained / length
+    weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once
     likelihood = bool(recipe.best_of_n.likelihood)
     flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(texts * likelihood + weighed, length)
     flops += shape.read(judged * o.rounds, length, False)
-    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length
+    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length + other.read
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
     # drawn here whatever the engine: no endpoint knows this policy
-    seconds = (trained.seconds or 0.0) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    seconds = (trained.seconds or 0.0) + (other.seconds or 0.0) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
     generated = sum(answers for _, answers in pools) * answer
-    flops += trained.flops + drawn
-    return [Stage("optimise", generated, trained.trained, read, flops, seconds, memory, shape.parameters * shape.size)]
+    flops += trained.flops + other.flops + drawn
+    return [Stage("optimise", generated, trained.trained + other.trained, read, flops, seconds, memory, shape.parameters * shape.size)]
+
+
+def _discriminator(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, scored: float) -> Stage:
+    """gad's: it starts from pi_SFT, learns demonstrations over own answers, and scores so many of these."""
+    length, asked = sizes.prompt + _answer(recipe, sizes), sizes.prompts["train"]
+    rows = pairs(recipe.sampling.train_generations, sizes.rows["train"] / max(1, asked)) * asked
+    read = scored * length, shape.read(scored, length, False)
+    return _trained("discriminator", recipe.optimise.discriminator, rows, length, sizes.longest, shape, speed, *read, 2, False)
 
 
 def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:
@@ -210,21 +222,29 @@ def plan(
     those of an answer for the data file. Raises ConfigError, DataError or ModelError where something it reads is wrong.
     """
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
-    if recipe.pools is not None:
-        what = "the samples are given, and no policy is trained: only the reward reads and learns"
-        raise ConfigError(what, where="pools", do="`irlign validate` says what the files hold")
     given = (prompts, prompt_tokens, answer_tokens)
     if any(given) and not all(given):
         raise ConfigError("sizes are given together", where="irlign plan", do="give --prompts, --prompt-tokens and --answer-tokens")
+    return render(*_planned(recipe, flops, given), measured=flops is None)
+
+
+def planned(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe and what they will cost on this machine. Raises as `plan` does."""
+    return _planned(recipe, None, (None, None, None))[0]
+
+
+def _planned(recipe: Recipe, flops: float | None, given: tuple[Any, Any, Any]) -> tuple[list[Stage], Recipe, Sizes, Shape, Speed]:
+    if recipe.pools is not None:
+        what = "the samples are given, and no policy is trained: only the reward reads and learns"
+        raise ConfigError(what, where="pools", do="`irlign validate` says what the files hold")
     if recipe.world is not None:
         sizes, shape = world_sizes(recipe)
     else:
         shape = shape_of(str(recipe.model_name_or_path), flops is None and has_cuda())
-        sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)  # type: ignore[arg-type]
+        sizes = assumed_sizes(recipe, *given) if all(given) else file_sizes(recipe)
     own = recipe.reward.backbone in ("sft", "init", "words")  # words cost next to nothing
     speed = Speed(flops, flops) if flops else measured_speed(shape.parameters)
-    table = stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed)
-    return render(table, recipe, sizes, shape, speed, measured=flops is None)
+    return stages(recipe, sizes, shape, shape if own else shape_of(recipe.reward.backbone), speed), recipe, sizes, shape, speed
 
 
 def render(table: Sequence[Stage], recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, *, measured: bool) -> str:

@@ -59,9 +59,10 @@ def methods_svg(n: Sequence[int], rows: Sequence[Mapping[str, Any]], sources: Ma
 
 
 def settings_svg(settings: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward; the first stands out."""
+    """Gain over SFT at the chosen n in each setting, with its interval, for each method that selects by a reward, and for each aligned
+    policy; the first stands out."""
     figure, axes = _figure((7.2, 4.4))
-    names = [row["method"] for row in next(iter(settings.values())) if len(row["curve"]) > 1]
+    names = [row["method"] for row in next(iter(settings.values())) if len(row["curve"]) > 1 or row["what"] == "aligned"]
     for i, name in enumerate(names):
         found = [next(row for row in rows if row["method"] == name) for rows in settings.values()]
         x = np.arange(len(found)) + 0.5 * (i / max(1, len(names) - 1) - 0.5)

@@ -38,6 +38,8 @@ def check_method(recipe: Recipe) -> None:
     """The same for the policy method alone: ConfigError where its library is missing or its training arguments refuse a field."""
     if recipe.optimise.method != "none":
         _accepted(recipe, recipe.optimise, own_config(recipe.optimise, recipe.sampling))
+    if recipe.optimise.method == "rlsr" and recipe.optimise.on_policy.encoder != "words":
+        load_config(recipe.optimise.on_policy.encoder)
 
 
 def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:

@@ -96,6 +96,7 @@ def training_arguments(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "train_sampling_strategy": "group_by_length",
+        "include_num_input_tokens_seen": "non_padding",
         "dataloader_pin_memory": torch.cuda.is_available(),
         **more,
         **settings.trainer,
@@ -150,7 +151,7 @@ def merged(model: Any, settings: TrainerSettings) -> Any:
 def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     """Train with a progress line; take up the last checkpoint of an interrupted attempt; stop on a loss that is not finite.
 
-    Returns steps, final logged loss and the list of logged losses. Raises ModelError on NaN or infinity, or when
+    Returns steps, tokens trained on (padding left out, every pass counts), final logged loss and the list of logged losses. Raises ModelError on NaN or infinity, or when
     memory runs out.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -167,7 +168,8 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the last update is in no loss
         raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": trainer.state.global_step, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+    counts = {"steps": trainer.state.global_step, "tokens": trainer.state.num_input_tokens_seen}
+    return {**counts, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
 
 
 def logged(trainer: "Trainer", names: Sequence[str]) -> dict[str, list[float]]:

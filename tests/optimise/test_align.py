@@ -184,3 +184,25 @@ def test_spin_goes_on_from_the_round_before(tmp_path):
     work = methods.Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), None, None, "", "none", tmp_path / "work")
     assert [work.start(1, "before"), work.start(3, "sft")] == [tmp_path / "policies/sft"] * 2
     assert work.start(3, "before") == tmp_path / "work/rounds/2/policy"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "learned"),
+    [
+        ("gsil", {"rounds": 2}, "from demonstrations and its own answers"),
+        ("ditto", {"rounds": 2}, "from demonstrations over its own answers"),
+        ("rlsr", {"num_train_epochs": 1, "max_steps": 3}, "as they resemble the demonstration"),
+        ("gad", {"num_train_epochs": 1, "max_steps": 3, "discriminator": {"learning_rate": 1e-3}}, "a discriminator of demonstrations"),
+    ],
+)
+def test_the_baselines_need_no_reward(copied, judge, method, changes, learned):
+    if method != "gsil":
+        pytest.importorskip("trl")
+    rounds = changes.get("rounds", 1)
+    judge(*(50.0 * k for k in range(1, rounds + 1)))
+    run_stage("optimise", small_recipe(copied, optimise={"method": method, **changes}))
+    choice = _choice(copied)
+    assert (choice["method"], choice["reward"], choice["published"]) == (method, None, f"round-{rounds}")
+    own = choice["candidates"][f"round-{rounds}"]
+    assert own["training"]["rows"] > 0 and own["training"]["tokens"] > 0 and own["drawn"] > 0
+    assert learned in (copied / "policies/aligned/README.md").read_text()

@@ -94,12 +94,11 @@ def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path):
         training.training_arguments(TrainerSettings(), tmp_path, seed=0, bf16=False, report_to="none", config=config)
 
 
-def _train(method, policy, folder, monkeypatch, **settings):
-    monkeypatch.setattr(rloo, "load_resident", lambda path: Cats())
+def _train(method, policy, folder, **settings):
     config = on_policy_config(method, OnPolicySettings(num_generations=4), SamplingSettings(max_new_tokens=12))
     defaults = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, "trainer": {"logging_steps": 1}}
     places = {"folder": folder / "aligned", "checkpoints": folder / "checkpoints"}
-    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": folder, "length_penalty": 0.0}
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats(), "length_penalty": 0.0}
     settings = TrainerSettings(**{**defaults, **settings})
     return train_on_policy(policy, SAMPLES, DEV, settings, config=config, **options, **places)
 
@@ -107,7 +106,7 @@ def _train(method, policy, folder, monkeypatch, **settings):
 @pytest.mark.parametrize(("method", "peft"), [("rloo", False), ("rloo", True), ("grpo", False)])
 def test_it_learns_what_the_reward_wants(tmp_path, policy, monkeypatch, method, peft):
     settings = {"num_train_epochs": 8, "use_peft": peft, "lora_r": 4, "learning_rate": 3e-2 if peft else 1e-2}
-    log = _train(method, policy, tmp_path, monkeypatch, **settings)
+    log = _train(method, policy, tmp_path, **settings)
     assert log["steps"] == 24 == len(log["losses"]) and np.isfinite(log["losses"]).all() and (log["rows"], log["left_out"]) == (6, 0)
     rewards, kl = log["logged"]["reward"], log["logged"]["kl"]
     assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.5 and kl[0] == pytest.approx(0, abs=1e-3) and kl[-1] > 0.01
@@ -128,7 +127,7 @@ def test_every_sampling_field_and_the_kl_reach_trl(tmp_path, method):
 def test_no_prompt_that_trl_can_read_is_an_error(tmp_path, policy, monkeypatch):
     monkeypatch.setattr(rloo, "readable", lambda *_: {})
     with pytest.raises(DataError, match="TRL reads none of the train prompts"):
-        _train("rloo", policy, tmp_path, monkeypatch)
+        _train("rloo", policy, tmp_path)
 
 
 class Killed(BaseException):

@@ -101,6 +101,11 @@ def golden_of(recipe: Recipe) -> Golden:
     return recipe.world.golden
 
 
+def _tokens(training: Any) -> int:
+    """Tokens that a reward was trained on, from its log, or the logs of its members."""
+    return sum(map(_tokens, training)) if isinstance(training, list) else (training or {}).get("tokens", 0)
+
+
 def _at(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
@@ -157,9 +162,9 @@ class Cell:
             options: dict[str, Any] = {"chat_template": self.recipe.data.chat_template}
             options["encoder"] = str(self.run.path("policies", settings.backbone))
             places: dict[str, Any] = {"folder": target, "checkpoints": folder / "checkpoints", "seed": self.run.seed + 1009 * member}
-            train_reward_of(settings, self.run.path("policies", settings.backbone), train, dev, **places, **options)
+            log = train_reward_of(settings, self.run.path("policies", settings.backbone), train, dev, **places, **options)
             self._write_scores(folder, name, load_reward(target).score(*self.texts))
-            return {"pairs": sum(map(len, train.values()))}
+            return {"pairs": sum(map(len, train.values())), "tokens": _tokens(log.get("training"))}
 
         return self._scores(
             name, build, {"reward": settings, "noise": noise, "member": member}, [f"rewards/{name}", f"scores/{name}.parquet"]
@@ -269,6 +274,11 @@ class Cell:
     def seconds(self, stages: Sequence[str]) -> float:
         """What the named stages took, on one thread of this machine."""
         return float(sum(self.run.stages[stage]["seconds"] for stage in stages))
+
+    def trained(self, stages: Sequence[str]) -> int | None:
+        """Tokens that the named stages trained on; None where one has not counted them."""
+        counts = [self.run.stages[stage]["notes"].get("tokens") for stage in stages]
+        return None if None in counts else sum(counts)
 
     def memory(self, stages: Sequence[str]) -> float:
         """The most memory that a process held by the end of the named stages, in MiB."""

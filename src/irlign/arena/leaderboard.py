@@ -17,8 +17,9 @@ import numpy as np
 from irlign import statistics
 from irlign.arena.cell import Cell, Place, golden_of
 from irlign.arena.judges import BY, STOPPING
-from irlign.arena.methods import METHODS, Pick
+from irlign.arena.methods import CHOSEN, METHODS, Pick
 from irlign.arena.page import headline, write_page
+from irlign.arena.policies import OF, POLICIES
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
 from irlign.files import write_json
@@ -26,13 +27,14 @@ from irlign.progress import Progress
 from irlign.runs import Run
 
 ALPHA, ORACLE = 0.05, 16
-KNOWN = {**METHODS, **STOPPING}
+KNOWN = {**METHODS, **POLICIES, **STOPPING}
 
 
 @dataclass(frozen=True)
 class Measured:
     """One method in one cell: golden values of the test prompts at the n it chose, and along its curve (shape [P, n]); `correlation` is the
-    rank correlation of its scores with the true reward within a prompt, `accuracy` that of its trained reward on unseen pairs."""
+    rank correlation of its scores with the true reward within a prompt, `accuracy` that of its trained reward on unseen pairs. Of a policy
+    method: the tokens trained on, and whether its safety net `kept` pi_SFT."""
 
     what: str
     n: int
@@ -43,6 +45,8 @@ class Measured:
     memory: float
     correlation: float | None = None
     accuracy: float | None = None
+    learned: int | None = None
+    kept: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def rows_named(patterns: str | None) -> list[str]:
     wanted = [pattern.strip() for pattern in patterns.split(",")]
     found = {"initial policy", "SFT"}
     for pattern in wanted:
-        matched = fnmatch.filter(STOPPING if BY in pattern else METHODS, pattern)
+        matched = fnmatch.filter(STOPPING if BY in pattern else POLICIES if pattern.startswith(OF) else METHODS, pattern)
         if not matched:
             raise ConfigError(f"no method is called {pattern!r}", where="--rows", do=f"known: {'; '.join(KNOWN)}")
         found |= {*matched}
@@ -110,12 +114,13 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
     points = n if scores is not None else [1]
     curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
     drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
-    tokens = drawn + (cell.tokens("dev") if pick.scores is not None else 0) + (cell.tokens("train") if pick.trained else 0)
+    judged = pick.scores is not None or pick.kept is not None
+    tokens = drawn + pick.drawn + (cell.tokens("dev") if judged else 0) + (cell.tokens("train") if pick.trained else 0)
     cost = tokens, cell.seconds(pick.stages), cell.memory(pick.stages)
     ranks = [] if scores is None else [statistics.spearman(scores[of], golden[of]) for of in rows.values()]
     known = [rank for rank in ranks if rank is not None]
     of_reward = float(np.mean(known)) if known else None, cell.accuracy(pick.stages)
-    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, *cost, *of_reward)
+    return Measured(pick.what, pick.n, curve[:, list(points).index(pick.n)], curve, *cost, *of_reward, pick.learned, pick.kept)
 
 
 def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
@@ -143,7 +148,7 @@ def table(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
     """One row for each method over these cells. Shares are ratios of sums over runs (method.md section 8).
 
     `gap_closed`: gain over SFT of the gap between SFT and the demonstrations. `of_oracle`: the same of the gain of Best-of-16 by the
-    true reward. `regret`: what the n that was chosen left of the gain of
+    true reward, `of_best`: of that of Best-of-16 by the reward that `irlign run` takes. `regret`: what the n that was chosen left of the gain of
     the n that is best by the golden reward (picked on half the test prompts, read on the other half). `worse`: runs significantly
     worse than SFT (paired one-sided permutation over prompts, 0.05), `worse_holm` after Holm's correction over the runs.
     """
@@ -166,9 +171,10 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         known = [np.array([value]) for value in values if value is not None]
         return statistics.nested_estimate(by_seed(known), resamples=2000).to_json() if len(known) == len(cells) else None
 
-    gap, of_oracle = (
-        statistics.nested_ratio(by_seed(gains), by_seed([top - base for top, base in zip(tops, sft, strict=True)]))
-        for tops in ([c.demonstrations_P for c in cells], [c.oracle_P for c in cells])
+    tops = [[c.demonstrations_P for c in cells], [c.oracle_P for c in cells]]
+    tops += [[c.methods[CHOSEN].curve_P_n[:, c.n.index(min(ORACLE, c.n[-1]))] for c in cells]] if CHOSEN in cells[0].methods else []
+    gap, of_oracle, *of_best = (
+        statistics.nested_ratio(by_seed(gains), by_seed([top - base for top, base in zip(of, sft, strict=True)])) for of in tops
     )
     curve = own[0].curve_P_n.shape[1] > 1
     best = [statistics.oracle_n(m.curve_P_n, cell.seed) for m, cell in zip(own, cells, strict=True)] if curve else []
@@ -181,6 +187,7 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "gain": statistics.nested_estimate(by_seed(gains), resamples=2000).to_json(),
         "gap_closed": gap.to_json() if gap else None,
         "of_oracle": of_oracle.to_json() if of_oracle else None,
+        "of_best": of_best[0].to_json() if of_best and of_best[0] else None,
         "last": float(np.mean([m.curve_P_n[:, -1].mean() for m in own])),
         "oracle_n": float(np.mean([top.mean() for top in best])) if curve else None,
         "regret": regret.to_json() if regret else None,
@@ -195,6 +202,8 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "memory": float(max(m.memory for m in own)),
         "correlation": mean_of([m.correlation for m in own]),
         "accuracy": mean_of([m.accuracy for m in own]),
+        "learned": mean_of([m.learned for m in own]),
+        "kept": None if own[0].kept is None else sum(bool(m.kept) for m in own),
     }
 
 

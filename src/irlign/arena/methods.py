@@ -24,7 +24,8 @@ PENALTY = 0.5  # lambda of mean - lambda * variance
 @dataclass(frozen=True)
 class Pick:
     """The best of `n` answers of a stored pool by `scores` (None: any one answer). `what` says what it is, `stages` what was
-    computed for it, `trained` whether a reward was trained on the pools of train prompts."""
+    computed for it, `trained` whether a reward was trained on the pools of train prompts. Of a policy method also: the tokens that it drew
+    for itself, those that were trained on in all, and whether its safety net `kept` pi_SFT."""
 
     pool: str
     what: str
@@ -32,6 +33,9 @@ class Pick:
     n: int = 1
     stages: tuple[str, ...] = ()
     trained: bool = False
+    drawn: int = 0
+    learned: int | None = None
+    kept: bool | None = None
 
 
 Method = Callable[[Cell], Pick]

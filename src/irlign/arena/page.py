@@ -1,11 +1,12 @@
 """The arena's table in words and pictures: one HTML page, one Markdown table and one figure, from the rows of the leaderboard."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irlign.arena.judges import BY, stopping_table
 from irlign.arena.methods import CHOSEN
+from irlign.arena.policies import ALIGNED
 from irlign.plots import methods_svg, settings_svg
 from irlign.report import render, safe
 
@@ -23,8 +24,9 @@ def write_page(root: Path, title: str, found: Mapping[str, Any]) -> None:
 def _page(found: Mapping[str, Any]) -> dict[str, Any]:
     several = len(found["settings"]) > 1
     tables = {**({ALL.format(len(found["settings"])): found["all"]} if several else {}), **found["settings"]}
-    heads = [*HEADS, "tokens", "seconds", "MiB"]
-    return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells_of, "chosen": CHOSEN}
+    heads, cells = (POLICY_HEADS, policy_cells) if any(row["what"] == ALIGNED for row in found["all"]) else (HEADS, cells_of)
+    heads = (*heads, "tokens", "seconds", "MiB")
+    return {**found, "tables": tables, "figures": figures(found), "heads": heads, "cells": cells, "chosen": CHOSEN}
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -64,17 +66,20 @@ def markdown(found: Mapping[str, Any]) -> Iterator[str]:
     for setting, of in found["sources"].items():
         yield f"| {setting} | {' | '.join(_interval(of[key], 1 if key == 'kl' else 2) for key in ('sft', 'demonstrations', 'kl'))} |"
     yield ""
-    for name, rows in _page(found)["tables"].items():
+    page = _page(found)
+    for name, rows in page["tables"].items():
         yield f"### {name}, {rows[0]['runs']} runs\n"
-        yield from stopping_table(rows) if any(BY in row["method"] for row in rows) else _table(rows)
+        yield from stopping_table(rows) if any(BY in row["method"] for row in rows) else _table(rows, page["heads"], page["cells"])
         yield ""
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield f"| {' | '.join(HEADS)} |"
-    yield "|" + "---|" * len(HEADS)
-    for row in rows:
-        yield f"| {' | '.join(cells_of(row))} |"
+def _table(rows: Sequence[Mapping[str, Any]], heads: Sequence[str], cells: Callable[[Mapping[str, Any]], list[str]]) -> Iterator[str]:
+    words = [cells(row) for row in rows]
+    heads = heads[: len(words[0])]  # what a run cost stands on the page only
+    yield f"| {' | '.join(heads)} |"
+    yield "|" + "---|" * len(heads)
+    for row in words:
+        yield f"| {' | '.join(row)} |"
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:
@@ -91,10 +96,34 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
         f"{row['oracle_n']:.2f}" if curve else "–",
         _share(row["regret"]),
         f"{row['worst_seed']:+.2f}",
-        f"{row['worse']} of {row['runs']}" + (f" (Holm {row['worse_holm']})" if row["worse"] else ""),
+        _worse(row),
         _interval(row["accuracy"]),
         _interval(row["correlation"]),
     ]
+
+
+POLICY_HEADS = (
+    *("method", "golden", "gain over SFT", "of Best-of-16's gain", "gap closed", "of the oracle's gain", "worst run", "worse than SFT"),
+    *("SFT kept", "tokens drawn", "tokens trained"),
+)
+
+
+def policy_cells(row: Mapping[str, Any]) -> list[str]:
+    """The same for a study of policies; Best-of-16 is that of the reward that `irlign run` takes, tokens are in thousands."""
+    return [
+        *cells_of(row)[:3],
+        _share(row["of_best"]),
+        *cells_of(row)[3:5],
+        f"{row['worst_seed']:+.2f}",
+        _worse(row),
+        "–" if row["kept"] is None else f"{row['kept']} of {row['runs']}",
+        f"{row['tokens'] / 1000:,.0f} k",
+        f"{row['learned']['mean'] / 1000:,.0f} k" if row["learned"] else "–",
+    ]
+
+
+def _worse(row: Mapping[str, Any]) -> str:
+    return f"{row['worse']} of {row['runs']}" + (f" (Holm {row['worse_holm']})" if row["worse"] else "")
 
 
 def _interval(e: Mapping[str, Any] | None, digits: int = 2) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from irlign.arena.cell import Place, Setting, golden_of
+from irlign.arena.hours import expected_seconds
 from irlign.arena.leaderboard import leaderboard, rows_named
 from irlign.arena.methods import CHOSEN
+from irlign.arena.policies import OF, POLICIES, with_method
 from irlign.config import parse_seeds
 from irlign.errors import ConfigError
-from irlign.preflight import preflight
-from irlign.progress import say
+from irlign.preflight import check_method, preflight
+from irlign.progress import clock, say
 
 CONTRASTS = f"{CHOSEN},init-sft,init-sft+likelihood,init-demo,sft-demo,likelihood,log-ratio,control: length"
 QUICK_SEEDS = "100..101"
@@ -52,6 +54,12 @@ STUDIES: Mapping[str, Study] = {
         "0..9",
         "SFT on all tokens,irlign run,init-sft,init-sft+likelihood,init-demo*,sft-demo,three*,features logistic,likelihood,log-ratio*,control*",
         "the leaderboard: two worlds, the demonstrator in pi_0's style and in one of its own",
+    ),
+    "policies": Study(
+        [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
+        "0..9",
+        f"{CHOSEN},{OF}*",
+        "what each policy method publishes, at one answer a prompt",
     ),
     "stopping": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))] + [OVER_OPTIMISED],
@@ -135,5 +143,11 @@ def run_study(
         preflight(recipe := place.recipe())  # a mistake is found before any compute
         golden_of(recipe)
     say(f"arena: {name}, {study.about}: {len(places)} cells x {len(methods)} methods, {jobs} at a time")
+    if policies := [row for row in methods if row in POLICIES]:
+        for row in policies:
+            check_method(with_method(places[0].recipe(), row.removeprefix(OF)))
+        say(
+            f"arena: about {clock(expected_seconds(places, policies) / jobs)} (h:mm:ss), by what finished cells took, or else by `irlign plan`"
+        )
     found = leaderboard(places, methods, jobs, root, f"{name}-quick" if quick else name)
     return [*found["headline"], f"{root / found['title']}.html"]

@@ -42,7 +42,8 @@ policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
 
 def align(work: Work, version: str) -> dict[str, Any]:
-    """Make the candidates, choose, and write policies/aligned, pools/aligned.parquet and optimise/choice.json below the work's folder.
+    """Make the candidates, choose, and write policies/NAME, pools/NAME.parquet and STAGE/choice.json below the work's folder, where NAME is
+    `aligned` and STAGE `optimise` but for what the work says.
 
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
@@ -109,11 +110,13 @@ def _weighed(
     own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
     gains, measures = judged_gains(judged, sft), judged.measures(work.settings.generations)
     say(f"optimise: round {number}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
-    about = {**{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)}, **measures}
+    about: dict[str, Any] = {
+        **{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
+        **measures,
+    }
     log = read_json(work.round(number) / "log.json")
-    return Candidate(
-        f"round-{number}", gains, {**about, "judge_auc": auc, "alarms": alarms_of(measures, base, gains, earlier), "training": log}
-    )
+    about |= {"drawn": work.drawn(number) + sum(s.tokens for s in answers) + log.get("drawn", 0), "judge_auc": auc}
+    return Candidate(f"round-{number}", gains, {**about, "alarms": alarms_of(measures, base, gains, earlier), "training": log})
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
@@ -121,9 +124,10 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     name = choice["published"]
     place = work.round(int(name.removeprefix("round-"))) if name != SFT else None
     sources = (place / "policy", place / "pool.parquet") if place else (work.run.path("policies/sft"), work.run.path("pools/sft.parquet"))
-    for source, target in zip(sources, ("policies/aligned", "pools/aligned.parquet"), strict=True):
-        remove(work.folder / target)  # what a killed attempt may have left
-        shutil.copytree(source, work.folder / target)
+    policy, pool = work.folder / "policies" / work.name, work.folder / f"pools/{work.name}.parquet"
+    for source, target in zip(sources, (policy, pool), strict=True):
+        remove(target)  # what a killed attempt may have left
+        shutil.copytree(source, target)
     what = f"The SFT policy of the run, unchanged: {choice['why']}."
     if name != SFT:
         own = choice["candidates"][name]
@@ -131,8 +135,7 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
         learned = METHODS[choice["method"]].source.format(**choice)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
-    (work.folder / "policies/aligned/README.md").write_text(card, encoding="utf-8")
+    (policy / "README.md").write_text(card, encoding="utf-8")
     if place:
-        pool = work.folder / "pools/aligned.parquet"
-        publish_card(pool, "aligned", pool_statistics(read_pool(pool)), work.sampling)
-    write_json(work.folder / "optimise/choice.json", choice)
+        publish_card(pool, work.name, pool_statistics(read_pool(pool)), work.sampling)
+    write_json(work.folder / work.stage / "choice.json", choice)

@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 from irlign.data.splits import stored_demonstrations
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
+from irlign.optimise.ditto import ranked_by_policy
+from irlign.optimise.gad import train_gad
+from irlign.optimise.gsil import train_gsil
 from irlign.optimise.preference import (
     Labelled,
     PreferenceSettings,
@@ -24,30 +27,37 @@ from irlign.optimise.preference import (
     train_kto,
 )
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_policy
+from irlign.optimise.rlsr import DemonstrationCosine
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.records import Contrast, Demonstration, Sample
-from irlign.reward.load import score_all
+from irlign.reward.controls import by_prompt
+from irlign.reward.load import load_resident, score_all
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, read_pool, stored_samples
 from irlign.training import Config, TrainerSettings
 
 DRAWN = "answers of its own as the reward `{reward}` scored them"
+LIKENED = "answers of its own as they resemble the demonstration"
+DISCRIMINATED = "answers of its own as a discriminator of demonstrations scored them"
 ONE_ROUND = {  # why
     "weighted-sft": "weighted-sft learns from demonstrations",
     "rloo": "rloo draws new ones at every step",
     "grpo": "grpo draws new ones at every step",
+    "rlsr": "rlsr draws new ones at every step",
+    "gad": "gad draws new ones at every step",
 }
 
 
 class OptimiseSettings(TrainerSettings):
     """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
 
-    method: Literal["distill", "weighted-sft", "dpo", "spin", "kto", "rloo", "grpo", "none"] = Field(
+    method: Literal["distill", "weighted-sft", "dpo", "spin", "ditto", "kto", "gsil", "rloo", "grpo", "rlsr", "gad", "none"] = Field(
         "distill",
         description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; dpo: the best of a "
-        "prompt's answers over the worst; spin: demonstrations over own answers; kto: demonstrations good, own answers bad; rloo, grpo: "
-        "answers drawn and scored as it learns; none: leave the stage out",
+        "prompt's answers over the worst; spin: demonstrations over own answers; ditto: those over earlier policies' too; kto: demonstrations good, own answers bad; "
+        "gsil: the same as a classification; rloo, grpo: answers drawn and scored as it learns; rlsr: scored by their likeness to the "
+        "demonstration; gad: by a discriminator of demonstrations; none: leave the stage out",
     )
     rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
     answers: int | None = Field(
@@ -55,8 +65,9 @@ class OptimiseSettings(TrainerSettings):
     )
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
-    preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo, spin, kto")
-    on_policy: OnPolicySettings = Field(default_factory=OnPolicySettings, description="rloo, grpo")
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo, spin, ditto, kto, gsil")
+    on_policy: OnPolicySettings = Field(default_factory=OnPolicySettings, description="rloo, grpo, rlsr, gad")
+    discriminator: TrainerSettings = Field(default_factory=TrainerSettings, description="gad: how its discriminator trains")
 
     @model_validator(mode="after")
     def _possible(self) -> "OptimiseSettings":
@@ -67,10 +78,15 @@ class OptimiseSettings(TrainerSettings):
         return self
 
 
+def stage_of(name: str) -> str:
+    """The stage that publishes the policy of this name: `optimise` is that of `aligned`."""
+    return "optimise" if name == "aligned" else f"optimise-{name}"
+
+
 @dataclass(frozen=True)
 class Work:
-    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), and the folder it
-    builds in."""
+    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), the folder it
+    builds in, and the `name` that the published policy gets."""
 
     run: Run
     settings: OptimiseSettings
@@ -79,6 +95,12 @@ class Work:
     chat_template: str
     folder: Path
     report_to: str = "none"
+    name: str = "aligned"
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, and that of the folder with choice.json."""
+        return stage_of(self.name)
 
     def round(self, number: int) -> Path:
         """Where a round's policy, pools and log are built."""
@@ -98,6 +120,11 @@ class Work:
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
         draw_pool(self.policy(number), wanted, self.sampling, folder=pool, **about)
         return read_pool(pool)
+
+    def drawn(self, number: int) -> int:
+        """Tokens that were drawn of the policy before this round on the train prompts."""
+        pool = self.round(number - 1) / "train.parquet"
+        return sum(sample.tokens for sample in read_pool(pool)) if pool.exists() else 0
 
 
 def own_answers(work: Work, number: int) -> list[Sample]:
@@ -138,9 +165,20 @@ def shown_and_own(work: Work, number: int) -> list[Labelled]:
     return desirable_and_not(own_answers(work, number), demonstrated(work, number))
 
 
+def shown_over_all_before(work: Work, number: int) -> list[Contrast]:
+    """The train demonstrations over the answers of every policy before this round, and newer answers over older (optimise/ditto.py)."""
+    return ranked_by_policy([own_answers(work, n) for n in range(number, 0, -1)], demonstrated(work, number), work.run.seed)
+
+
 def first_answers(work: Work, number: int) -> list[Sample]:
     """pi_SFT's stored answers to the train prompts: where a policy that draws its own starts."""
     return stored_samples(work.run, "sft", "train")
+
+
+def answers_beside_shown(work: Work, number: int) -> list[Sample]:
+    """Those of them whose prompt has a demonstration."""
+    shown = by_prompt(demonstrated(work, number))
+    return [sample for sample in first_answers(work, number) if sample.prompt.prompt_id in shown]
 
 
 def pairing(settings: OptimiseSettings, _: SamplingSettings) -> Config:
@@ -153,14 +191,33 @@ def labelling(settings: OptimiseSettings, _: SamplingSettings) -> Config:
     return kto_config(settings.preference)
 
 
-def drawing(method: Literal["rloo", "grpo"], settings: OptimiseSettings, sampling: SamplingSettings) -> Config:
+def drawing(trainer: Literal["rloo", "grpo"], settings: OptimiseSettings, sampling: SamplingSettings) -> Config:
     """The training arguments of a policy that draws its own answers."""
-    return on_policy_config(method, settings.on_policy, sampling)
+    return on_policy_config(trainer, settings.on_policy, sampling)
 
 
 def scoring(work: Work) -> dict[str, Any]:
     """What scores those answers."""
-    return {"reward": work.run.path("rewards", work.reward), "length_penalty": work.settings.on_policy.length_penalty}
+    reward = load_resident(work.run.path("rewards", work.reward))
+    return {"reward": reward, "length_penalty": work.settings.on_policy.length_penalty}
+
+
+def comparing(work: Work) -> dict[str, Any]:
+    """What scores them by the demonstration of their prompt."""
+    own = work.settings.on_policy
+    reward = DemonstrationCosine(by_prompt(demonstrated(work, 1)), own.encoder, work.chat_template)
+    return {"reward": reward, "length_penalty": own.length_penalty}
+
+
+def discriminating(work: Work) -> dict[str, Any]:
+    """What the discriminator is made of, which scores them."""
+    own = work.settings
+    return {"demonstrations": demonstrated(work, 1), "discriminator": own.discriminator, "length_penalty": own.on_policy.length_penalty}
+
+
+def classifying(work: Work) -> dict[str, Any]:
+    """The scale and the shift of gsil's logit."""
+    return {"beta": work.settings.preference.beta, "shift": work.settings.preference.shift}
 
 
 def demonstrated(work: Work, number: int) -> list[Demonstration]:
@@ -185,9 +242,13 @@ METHODS: dict[str, Method] = {
     "weighted-sft": Method(train_weighted_sft, "init", demonstrated, "demonstrations"),
     "dpo": Method(train_dpo, "sft", ranked_answers, "answers ranked by the reward `{reward}`", pairing),
     "spin": Method(train_dpo, "before", shown_over_own, "demonstrations over its own answers", pairing),
+    "ditto": Method(train_dpo, "sft", shown_over_all_before, "demonstrations over its own answers, and newer ones over older", pairing),
     "kto": Method(train_kto, "sft", shown_and_own, "demonstrations and its own answers", labelling),
+    "gsil": Method(train_gsil, "before", shown_and_own, "demonstrations and its own answers", options=classifying),
     "rloo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "rloo"), scoring),
     "grpo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "grpo"), scoring),
+    "rlsr": Method(train_on_policy, "sft", answers_beside_shown, LIKENED, partial(drawing, "grpo"), comparing),
+    "gad": Method(train_gad, "sft", first_answers, DISCRIMINATED, partial(drawing, "grpo"), discriminating),
 }
 
 

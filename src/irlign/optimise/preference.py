@@ -31,10 +31,13 @@ Labelled = tuple[Prompt, str, bool]  # a prompt, an answer, whether it is desira
 
 
 class PreferenceSettings(Settings):
-    """dpo, spin, kto. The loss itself is TRL's `loss_type`, through `optimise.trainer`."""
+    """dpo, spin, ditto, kto, gsil. The loss of the first four is TRL's `loss_type`, through `optimise.trainer`."""
 
     beta: float = Field(
         0.1, gt=0, description="how hard the policy is held to the one it starts from; log-ratios times beta are the rewards"
+    )
+    shift: float = Field(
+        0.0, description="gsil: added to a reward before it says demonstration or own; above 0 pushes own answers down more"
     )
 
 

@@ -23,7 +23,6 @@ from irlign.policy.load import Policy, load_policy, save_policy
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, Sample
 from irlign.reward.contrasts import ended
-from irlign.reward.load import load_resident
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
 from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
@@ -32,7 +31,7 @@ METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "
 
 
 class OnPolicySettings(Settings):
-    """rloo, grpo. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
+    """rloo, grpo, rlsr, gad. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
 
     beta: float = Field(0.05, ge=0, description="standard deviations of the reward that a nat of KL to pi_SFT costs; 0 lets the policy go")
     num_generations: int = Field(
@@ -42,6 +41,9 @@ class OnPolicySettings(Settings):
         1.0,
         ge=0,
         description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
+    )
+    encoder: str = Field(
+        "words", description="rlsr: what answers are compared in: words (hashed words and word pairs), or an encoder's folder or Hub id"
     )
 
 
@@ -132,7 +134,7 @@ def train_on_policy(
     settings: TrainerSettings,
     *,
     config: Config,
-    reward: Path,
+    reward: RewardModel,
     length_penalty: float,
     chat_template: str,
     folder: Path,
@@ -144,8 +146,8 @@ def train_on_policy(
     transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
     reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
 
-    Returns steps, losses, what TRL logged, `rows` (prompts that were asked) and `left_out` (those that were not), and the loss on the dev
-    demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no prompt is left.
+    Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were not), `drawn` (tokens of the answers
+    since the last resume), and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no prompt is left.
     """
     from datasets import Dataset
     from transformers import set_seed
@@ -161,11 +163,16 @@ def train_on_policy(
     stored, bf16 = policy.model.dtype, precision(policy.model, settings)
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
-    scorer: Any = reward_function(load_resident(reward), form, train, _ends(policy), length_penalty)
-    scorer.__name__ = "shaped"
+    scorer = reward_function(reward, form, train, _ends(policy), length_penalty)
+    drawn: list[int] = []
+
+    def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
+        drawn.extend(map(len, completion_ids))
+        return [*scorer(completion_ids, **given)]
+
     trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
         model=policy.model,
-        reward_funcs=scorer,
+        reward_funcs=shaped_rewards,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
@@ -175,7 +182,7 @@ def train_on_policy(
     tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
     save_policy(tuned, folder)
     asked = len({row["index"] for row in rows})
-    counts = {"rows": asked, "left_out": len(prompts) - asked}
+    counts = {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn)}
     return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, **counts}
 
 

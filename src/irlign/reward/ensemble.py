@@ -129,5 +129,5 @@ def train_ensemble(
 
 
 def _about(logs: Sequence[dict[str, Any]], pairs: dict[str, int], dev: dict[str, float] | None) -> dict[str, Any]:
-    training = [{key: log[key] for key in ("steps", "loss", "losses")} for log in logs]
+    training = [{key: log[key] for key in ("steps", "tokens", "loss", "losses")} for log in logs]
     return {"pairs": pairs, "dev": dev, "training": training[0] if len(training) == 1 else training}

@@ -1,0 +1,85 @@
+"""Policies in the arena: what `irlign optimise METHOD` publishes in a cell, its safety net included, measured at one answer a prompt.
+
+The stages are the pipeline's own, so a row is what `irlign run` ends with. The reward, and the judge's choice of what selects, are those
+of the row `irlign run`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from irlign import pipeline
+from irlign.arena.cell import Cell
+from irlign.arena.methods import LIKELIHOODS, Method, Pick
+from irlign.files import read_json
+from irlign.optimise.methods import OptimiseSettings, stage_of
+from irlign.recipe import Recipe
+from irlign.reward.publish import LIKELIHOOD, publish_log_ratios
+
+OF = "policy: "  # begins a row's name
+ALIGNED = "aligned"  # what a row of policies is
+ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
+SETTINGS: Mapping[
+    str, Mapping[str, Any]
+] = {  # over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml, the others use about as many tokens and are not tuned
+    "distill": {"answers": 32, "winners": 2, "learning_rate": 1e-3, "num_train_epochs": 4},
+    "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
+    "dpo": {"answers": 32, "learning_rate": 1e-4, "num_train_epochs": 4},
+    "spin": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 1},
+    "ditto": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 1},
+    "kto": {"learning_rate": 1e-4, "num_train_epochs": 3},
+    "gsil": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 2},
+    "rloo": ON_POLICY,
+    "grpo": ON_POLICY,
+    "rlsr": ON_POLICY,
+    "gad": {**ON_POLICY, "discriminator": {"learning_rate": 5e-4, "num_train_epochs": 2}},
+}
+
+
+def with_method(recipe: Recipe, method: str) -> Recipe:
+    """The recipe of a cell with this policy method, and of the log-ratios only the one that may select. What the recipe itself sets in
+    `optimise` holds for all methods, but for the number of rounds."""
+    own = recipe.optimise.model_dump(exclude_unset=True, exclude={"method", "rounds"})
+    settings = OptimiseSettings.model_validate({**SETTINGS[method], **own, "method": method})
+    return recipe.model_copy(update={"optimise": settings, "reward": recipe.reward.model_copy(update={"log_ratio": False})})
+
+
+def aligned(method: str) -> Method:
+    """The policy that this method publishes, pi_SFT itself where the safety net keeps it."""
+
+    def published(cell: Cell) -> Pick:
+        recipe = with_method(cell.recipe, method)
+        reward = recipe.reward.name
+        cell.learned(reward, {})
+        _publish_likelihood(cell)
+        pipeline.bon(recipe, cell.run)
+        pipeline.optimise(recipe, cell.run, method)
+        choice = read_json(cell.run.path(stage_of(method), "choice.json"))
+        rounds = [of for name, of in choice["candidates"].items() if name != "sft"]
+        before = cell.trained(("sft", f"reward-{reward}") if choice["reward"] else ("sft",))
+        return Pick(
+            method,
+            ALIGNED,
+            stages=("sft", "sample", f"reward-{reward}", "bon", stage_of(method)),
+            trained=choice["reward"] is not None,
+            drawn=sum(of["drawn"] for of in rounds),
+            learned=None if before is None else before + sum(of["training"]["tokens"] for of in rounds),
+            kept=choice["published"] == "sft",
+        )
+
+    return published
+
+
+def _publish_likelihood(cell: Cell) -> None:
+    """rewards/likelihood, which the pipeline publishes with the learned reward, and the cell has as numbers only."""
+    policies = {f"policies/{name}": f"policies/{name}" for name in ("sft", "init")}
+    template = cell.recipe.data.chat_template
+
+    def build(folder: Path) -> None:
+        hashes = cell.run.input_hashes(policies)
+        publish_log_ratios(folder / "rewards", [LIKELIHOOD], hashes, chat_template=template, seed=cell.run.seed)
+
+    cell.run.do(LIKELIHOODS[:-1], build, settings={"chat_template": template}, inputs=policies, outputs=[f"rewards/{LIKELIHOOD}"])
+
+
+POLICIES: Mapping[str, Method] = {f"{OF}{method}": aligned(method) for method in SETTINGS}
