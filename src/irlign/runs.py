@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -262,6 +263,8 @@ class Run:
         if not (folder / READY).is_file():
             return
         entry = read_json(folder / READY)
+        if not _is_entry(entry):
+            raise RunError("the file is damaged", where=folder / READY, do="delete its folder: the stage then runs again")
         for number, output in enumerate([*entry["outputs"], *entry.pop("replaces", ())]):
             source, target = folder / output, self.path(output)
             made = output in entry["outputs"]
@@ -300,9 +303,10 @@ class Run:
         if not path.exists():
             return
         stored = read_json(path)
-        if not isinstance(stored, dict) or not isinstance(stored.get("stages"), dict):
+        stages = stored.get("stages") if isinstance(stored, dict) else None
+        if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
             raise RunError("the manifest is damaged", where=path, do="delete it: every stage then runs again")
-        self.manifest["stages"] = stored["stages"]
+        self.manifest["stages"] = stages
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.stages[name] = entry
@@ -339,15 +343,34 @@ def _take_lock(root: Path) -> IO[str]:
     lock = (root / ".lock").open("a+", encoding="ascii")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise RunError(f"in use by another process (pid {holder})", where=root, do="wait for it, or give another output_dir") from None
+    except OSError as error:
+        lock.close()
+        what, do = f"its file system knows no locks: {error.strerror}", "give an output_dir on another file system"
+        raise RunError(what, where=root / ".lock", do=do) from error
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a stage's entry in a manifest can be worked with; its outputs lie inside the run, whoever wrote it."""
+    kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict}
+    if not isinstance(entry, dict) or "seed" not in entry or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+        return False
+    hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
+    paths = [*entry["outputs"], *entry.get("replaces", ())]
+    return hashed and all(isinstance(path, str) and path.strip("/.") and not _leaves(path) for path in paths)
+
+
+def _leaves(path: str) -> bool:
+    """Whether a path inside a run leads out of it."""
+    return os.path.isabs(path) or ".." in Path(path).parts
 
 
 def _refuse_foreign(root: Path) -> None:
