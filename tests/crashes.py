@@ -47,7 +47,7 @@ CALLS = ("replace", "rename", "mkdir", "rmdir", "unlink", "fsync")
 STEPS = 2  # between two checkpoints
 SAVING = {"trainer": {"save_strategy": "steps", "save_steps": STEPS, "use_cpu": True}}
 OPTIMISE = {
-    "num_train_epochs": 1,
+    "num_train_epochs": 4,
     "learning_rate": 1e-4,
     "generations": 2,
     "per_device_train_batch_size": 4,
@@ -88,7 +88,12 @@ class Row:
 def recipe(root: Path, method: str = "distill") -> dict[str, Any]:
     """The smallest run that goes through every stage, with checkpoints; the model has some 25,000 parameters."""
     world = {"corpus_lines": 160, "demonstrations": 24, "dev_prompts": 20, "test_prompts": 8}
-    trained = {"sft": SAVING, "reward": SAVING, "pretrain": SAVING, "optimise": {**OPTIMISE, "method": method}}
+    trained = {
+        "pretrain": {"num_train_epochs": 4, "learning_rate": 1e-2, **SAVING},
+        "sft": {"num_train_epochs": 4, "learning_rate": 3e-3, **SAVING},
+        "reward": {"num_train_epochs": 2, **SAVING},
+        "optimise": {**OPTIMISE, "method": method},
+    }
     return small_recipe(root, world=world, **trained)
 
 
@@ -336,7 +341,7 @@ def run(kills: int, method_kills: int, only: list[str], seed: int, signals: bool
         plan += [("optimise", method, method_kills) for method in METHODS[1:]] + [(stage, "distill", kills) for stage in STAGES[6:]]
         wanted = [(s, m, n) for s, m, n in plan if m == "distill" or not only or m in only]
         for stage, method, count in wanted:
-            named = not only or (stage if method == "distill" else method) in only
+            named = not only or (method if stage == "optimise" else stage) in only
             row = matrix.stage(stage, count if named else 0, method, signals and named)
             if named:
                 rows.append(row)

@@ -153,6 +153,16 @@ class Run:
             self._publish(name)
         return True
 
+    def check(self, *paths: str) -> None:
+        """Raises RunError where something at or below these paths is no longer what its stage published."""
+        for name, entry in self.stages.items():
+            for output, known in entry["outputs"].items():
+                if any(_overlap(output, path) for path in paths) and entry["status"] == "complete":
+                    place = self.path(output)
+                    if not place.exists() or self._hash(place) != known:
+                        what = f"{output} is {'damaged, or was changed' if place.exists() else 'gone'} since the stage {name} made it"
+                        raise RunError(what, where=self.root, do=f"irlign run {self.root}: it makes it again")
+
     def input_hashes(self, inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:
         """`{label: {"path", "sha256"}}` of a stage's inputs.
 
@@ -360,11 +370,12 @@ def _take_lock(root: Path) -> IO[str]:
 
 def _is_entry(entry: Any) -> bool:
     """Whether a stage's entry in a manifest can be worked with; its outputs lie inside the run, whoever wrote it."""
-    kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict}
-    if not isinstance(entry, dict) or "seed" not in entry or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+    kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict, "notes": dict}
+    if not isinstance(entry, dict) or not {"seed", "seconds"} <= set(entry) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
         return False
     hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
-    paths = [*entry["outputs"], *entry.get("replaces", ())]
+    replaced = entry.get("replaces", [])
+    paths = [*entry["outputs"], *replaced] if isinstance(replaced, list) else [None]
     return hashed and all(isinstance(path, str) and path.strip("/.") and not _leaves(path) for path in paths)
 
 
