@@ -77,7 +77,7 @@ class Row:
     calls: int = 0
     work: str = ""  # training steps and answers of the uninterrupted stage
     killed: int = 0
-    early: int = 0  # attempts that were over before their moment
+    early: int = 0  # attempts that were over before their moment came, and were made again
     survived: int = 0
     signals: int = 0
     steps: int = 0  # done twice, the most of any attempt
@@ -278,18 +278,15 @@ class Matrix:
             yield {"after": whole.seconds * self.rng.uniform(0.2, 0.8), "number": number}
 
     def _kill(self, row: Row, before: Path | None, end: Path, stage: str, method: str, whole: Ended, trap: dict[str, Any]) -> None:
-        number = next(self.numbers)
-        root = prepare(self.scratch / f"torn-{number}", before, method)
-        torn = attempt(root, stage, method, **trap)
+        root, torn = self._torn(row, before, stage, method, trap)
         log = (root.parent / "log.txt").read_text() if (root.parent / "log.txt").exists() else ""
-        root = moved(root, self.scratch / f"again-{number}", method)
+        root = moved(root, self.scratch / f"again-{next(self.numbers)}", method)
         again = attempt(root, stage, method)
         faults = list(self._faults(torn, again, whole, trap, root, end))
         if "Traceback" in log:
             faults.append("a traceback was printed")
         row.signals += "number" in trap and torn.code in (130, 143)
         row.killed += torn.code == -signal.SIGKILL
-        row.early += torn.code == 0
         row.survived += not faults
         row.steps = max(row.steps, torn.steps + again.steps - whole.steps)
         row.answers = max(row.answers, torn.answers + again.answers - whole.answers)
@@ -299,10 +296,21 @@ class Matrix:
         else:
             shutil.rmtree(root.parent)
 
+    def _torn(self, row: Row, before: Path | None, stage: str, method: str, trap: dict[str, Any]) -> tuple[Path, Ended]:
+        """A run directory whose stage ended at the trap. One that is over before its moment came is tried again, its moment a little earlier."""
+        while True:
+            root = prepare(self.scratch / f"torn-{next(self.numbers)}", before, method)
+            torn = attempt(root, stage, method, **trap)
+            if torn.code != 0 or "kill_at" in trap:
+                return root, torn
+            row.early += 1
+            trap["after"] = min(0.9 * trap["after"], torn.seconds)
+            shutil.rmtree(root.parent)
+
     def _faults(self, torn: Ended, again: Ended, whole: Ended, trap: dict[str, Any], root: Path, end: Path) -> Iterator[str]:
         """What is wrong with an attempt and the one after it."""
         expected = {signal.SIGTERM: 143, signal.SIGINT: 130}.get(trap.get("number", 0), -signal.SIGKILL)
-        if torn.code not in (0, expected):
+        if torn.code != expected:
             yield f"the torn attempt ended with {torn.code}, not {expected}"
         if again.code != 0:
             yield f"the second attempt ended with {again.code}"
@@ -324,7 +332,7 @@ HEAD = f"{'stage':<14}{'seconds':>8}{'writes':>8}{'steps/answers':>15}{'killed':
 
 def line(row: Row) -> str:
     """A row of the printed table."""
-    tried = row.killed + row.early + row.signals
+    tried = row.killed + row.signals
     return (
         f"{row.name:<14}{row.seconds:>8.1f}{row.calls:>8}{row.work:>15}{row.killed:>8}{row.early:>6}{row.signals:>9}{f'{row.survived}/{tried}':>10}"
         f"{row.steps:>13}{row.answers:>15}"
