@@ -141,7 +141,9 @@ def watch(counts: Counts, kill_at: int | None) -> None:
     transformers.Trainer.training_step, TransformersEngine.answers = watched_step, watched_answers  # type: ignore[method-assign]
 
 
-def attempt(root: Path, stage: str, method: str, *, kill_at: int | None = None, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
+def attempt(
+    root: Path, stage: str, method: str, *, kill_at: int | None = None, after: float | None = None, number: int = signal.SIGKILL
+) -> Ended:
     """The command of a stage in a fork, with a signal `after` so many seconds, or SIGKILL at call `kill_at`. Its cache lies beside the run."""
     place = root.parent
     log, counted = place / "log.txt", place / f"counts-{time.monotonic_ns()}"
@@ -339,7 +341,7 @@ def line(row: Row) -> str:
     )
 
 
-def run(kills: int, method_kills: int, only: list[str], seed: int, signals: bool = True) -> list[Row]:
+def run(kills: int, method_kills: int, only: list[str], seed: int, until: str = "report") -> list[Row]:
     """The matrix, each row printed as it is done. Every stage of the chain runs; only those named are killed."""
     rows = []
     print(f"seed {seed}\n{HEAD}", flush=True)
@@ -347,10 +349,11 @@ def run(kills: int, method_kills: int, only: list[str], seed: int, signals: bool
         matrix = Matrix(Path(scratch), seed)
         plan = [(stage, "distill", kills) for stage in STAGES[:6]]
         plan += [("optimise", method, method_kills) for method in METHODS[1:]] + [(stage, "distill", kills) for stage in STAGES[6:]]
+        plan = [row for row in plan if STAGES.index(row[0]) <= STAGES.index(until)]
         wanted = [(s, m, n) for s, m, n in plan if m == "distill" or not only or m in only]
         for stage, method, count in wanted:
             named = not only or (method if stage == "optimise" else stage) in only
-            row = matrix.stage(stage, count if named else 0, method, signals and named)
+            row = matrix.stage(stage, count if named else 0, method, named)
             if named:
                 rows.append(row)
                 print(line(row), flush=True)
@@ -362,10 +365,11 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each stage")
     parser.add_argument("--method-kills", type=int, default=5, help="SIGKILLs of each policy method besides distill")
     parser.add_argument("--only", default="", help="stages and methods, comma-separated")
+    parser.add_argument("--until", default="report", choices=STAGES, help="the last stage")
     parser.add_argument("--seed", type=int, default=100)
     given = parser.parse_args()
     start = time.monotonic()
-    table = run(given.kills, given.method_kills, [name for name in given.only.split(",") if name], given.seed)
+    table = run(given.kills, given.method_kills, [name for name in given.only.split(",") if name], given.seed, given.until)
     total = {name: sum(getattr(row, name) for row in table) for name in ("killed", "early", "signals", "survived")}
     print(f"{total['killed']} kills, {total['signals']} signals, {total['early']} over before; {total['survived']} survived, "
           f"{sum(len(row.faults) for row in table)} faults, {(time.monotonic() - start) / 60:.1f} min")  # fmt: skip

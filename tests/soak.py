@@ -29,7 +29,14 @@ from small import small_recipe
 
 ROLES = ("ask", "ask", "ask", "stream", "score", "slow", "leaves", "nonsense")
 QUESTIONS = ("How do I fix my bike?", "What should I cook tonight?", "Why is the sky blue?", "Where can I learn to paint?")
-NONSENSE = (b"{", b"[]", b'{"model": 3}', b'{"model": "nobody", "prompt": "x"}', b'{"model": "best-of-n", "prompt": "x", "echo": true}', b"\xff" * 50)
+NONSENSE = (
+    b"{",
+    b"[]",
+    b'{"model": 3}',
+    b'{"model": "nobody", "prompt": "x"}',
+    b'{"model": "best-of-n", "prompt": "x", "echo": true}',
+    b"\xff" * 50,
+)
 PATIENCE = 120.0  # seconds for one answer
 
 
@@ -89,7 +96,9 @@ class Client:
         if self.streams is None:
             self.streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self.streams
-        writer.write(b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(raw)))
+        writer.write(
+            b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (path.encode(), len(raw))
+        )
         drops = [raw[i : i + 16] for i in range(0, len(raw), 16)] if self.role == "slow" else [raw]
         for drop in drops:
             writer.write(drop)
@@ -193,7 +202,10 @@ async def load(process: subprocess.Popen, port: int, clients: int, seconds: floa
         figures.memory.append(memory)
         figures.files.append(files)
         if len(figures.memory) % 60 == 0:
-            print(f"{time.monotonic() - start:5.0f} s  {memory:6.1f} MiB  {files} files  {dict(figures.count)}  lost {len(figures.lost)}", flush=True)
+            print(
+                f"{time.monotonic() - start:5.0f} s  {memory:6.1f} MiB  {files} files  {dict(figures.count)}  lost {len(figures.lost)}",
+                flush=True,
+            )
     await living
     last = [Client(port, "ask", random.Random(i)) for i in range(4)]
     readers = [await client.send(*client.body()) for client in last]

@@ -230,7 +230,7 @@ def test_a_file_that_vanishes_between_two_stages(copied, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setitem(pipeline.STAGES, "sample", vanishing)
-        with pytest.raises(RunError, match="pools/init.parquet is missing") as caught:
+        with pytest.raises(RunError, match=r"pools/init\.parquet is missing") as caught:
             pipeline.run(_recipe(copied))
     assert "run the stage that makes it first" in str(caught.value)
     pipeline.run(_recipe(copied))
@@ -285,7 +285,7 @@ def test_a_second_host_is_refused_by_name(tmp_path):
     """The lock is the file system's, so it holds between hosts that share it; its file tells who has it."""
     with Run.open(tmp_path, {"seed": 0}) as run:
         (tmp_path / ".lock").write_text("4711 on another-host")
-        with pytest.raises(RunError, match="in use by another process .pid 4711 on another-host."):
+        with pytest.raises(RunError, match=r"in use by another process \(pid 4711 on another-host\)"):
             Run.open(tmp_path, {"seed": 0})
         assert run.do("a", lambda folder: (folder / "x").write_text("x") and None, outputs=["x"])
     assert not run.path(".work").exists()

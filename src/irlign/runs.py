@@ -371,7 +371,11 @@ def _take_lock(root: Path) -> IO[str]:
 def _is_entry(entry: Any) -> bool:
     """Whether a stage's entry in a manifest can be worked with; its outputs lie inside the run, whoever wrote it."""
     kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict, "notes": dict}
-    if not isinstance(entry, dict) or not {"seed", "seconds"} <= set(entry) or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+    if (
+        not isinstance(entry, dict)
+        or not {"seed", "seconds"} <= set(entry)
+        or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    ):
         return False
     hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
     replaced = entry.get("replaces", [])
