@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 VLLM := .venv-vllm
 DOCS := .venv-docs
+FUZZ := .venv-fuzz
 
-.PHONY: quickstart test test-slow test-vllm fuzz lint docs setup
+.PHONY: quickstart test test-slow test-vllm fuzz crash-test soak lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -26,9 +27,24 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# The parsers against TRIES generated inputs a test; `make test` tries 60 of them, the same ones each time.
-fuzz: setup
+# schemathesis asks a server over HTTP and does not import irlign, so it has an environment of its own.
+$(FUZZ)/.installed: constraints-fuzz.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip install --quiet --requirement constraints-fuzz.txt
+	touch $@
+
+# The parsers against TRIES generated inputs a test (`make test` tries 60 of them, the same ones each time), the server against REQUESTS a path.
+fuzz: setup $(FUZZ)/.installed
 	IRLIGN_FUZZ=$(or $(TRIES),2000) $(BIN)/python -m pytest tests/test_fuzz.py
+	$(BIN)/python tests/fuzz_server.py $(CURDIR)/$(FUZZ)/bin/schemathesis --tries $(or $(REQUESTS),300)
+
+# Every stage and every policy method killed at seeded moments and run again (docs/reliability.md); KILLS of each stage.
+crash-test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/crashes.py --kills $(or $(KILLS),20)
+
+# 64 clients, slow and rude ones among them, against the server for SECONDS.
+soak: setup
+	$(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600)
 
 # About 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach. What is built for CUDA goes again: vLLM
 # needs it for images and sound only.

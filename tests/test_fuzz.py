@@ -5,8 +5,9 @@ import io
 import json
 import os
 import tempfile
+import time
 import tracemalloc
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,9 +22,12 @@ from irlign.data.hh import is_transcript, turns
 from irlign.errors import IrlignError
 from irlign.recipe import Recipe
 from irlign.records import is_text
+from irlign.runs import Run
+from irlign.serving.protocol import UNSERVED, Chat, Completion, Refused, Score
+from irlign.serving.protocol import read as read_body
 
 TRIES = int(os.environ.get("IRLIGN_FUZZ", 60))
-MANY = settings(max_examples=TRIES, deadline=5000, derandomize=TRIES <= 60, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=TRIES, deadline=None, derandomize=TRIES <= 60, suppress_health_check=list(HealthCheck))
 MIB = 2**20
 SAFE = DataSettings(on_empty="drop")
 
@@ -61,9 +65,17 @@ ROW = st.dictionaries(COLUMN | TEXT, TEXT | MESSAGES | MESSAGES.map(json.dumps) 
 ROWS = st.lists(ROW, max_size=5)
 
 
+@contextmanager
+def _quick():
+    """No more than 5 s of the processor's time, however busy the machine is."""
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < 5
+
+
 def _read(name: str, raw: bytes) -> None:
     """What `irlign` does with a file: nothing but a result or an IrlignError, in memory that its size explains."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quick():
         path = Path(folder, name)
         path.write_bytes(raw)
         tracemalloc.start()
@@ -157,10 +169,57 @@ def test_recipe_files(raw):
 
 
 def _recipe(text: str | bytes, overrides: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder, suppress(IrlignError):
+    with tempfile.TemporaryDirectory() as folder, _quick(), suppress(IrlignError):
         path = Path(folder, "r.yaml")
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         assert isinstance(load_recipe(Recipe, path, overrides), Recipe)
+
+
+FIELD = st.sampled_from(sorted({*Chat.model_fields, *Completion.model_fields, *Score.model_fields, *UNSERVED})) | TEXT
+BODY = st.dictionaries(FIELD, VALUE | MESSAGES | TEXT | st.integers(-2, 3), max_size=6)
+
+
+@MANY
+@given(BODY, st.binary(max_size=60))
+@example({}, b"[" * 100_000)
+@example({"\ud800": []}, b"")
+@example({}, b'{"model": "m", "prompt": "x", "n": ' + b"9" * 100_000 + b"}")
+def test_request_bodies(body, raw):
+    """What a server reads gives a request whose prompts are known, or one refusal with a status of the client's."""
+    whole = {"model": "m", "prompt": "x", "messages": [{"role": "user", "content": "x"}], "completion": "y"}
+    for kind in (Chat, Completion, Score):
+        needed = {name: whole[name] for name in kind.model_fields if name in whole and not (kind is Score and name == "messages")}
+        for given_ in (json.dumps(body).encode(), json.dumps({**needed, **body}).encode(), raw):
+            try:
+                with _quick():
+                    read = read_body(kind, given_)
+                assert isinstance(read.content, str | tuple) if isinstance(read, Score) else read.prompts()
+            except Refused as error:
+                assert 400 <= error.status < 500 and error.message
+
+
+ENTRY = {"status": "complete", "seconds": 1.0, "inputs": {}, "settings": {}, "outputs": {"data": "0"}, "seed": 0, "notes": {}}
+
+
+@MANY
+@given(
+    st.dictionaries(
+        TEXT, st.dictionaries(st.sampled_from(sorted(ENTRY)) | TEXT, VALUE).map(lambda more: {**ENTRY, **more}) | VALUE, max_size=3
+    )
+    | VALUE
+)
+@example({"a": {**ENTRY, "outputs": {"../x": "0"}}})
+@example({"a": {**ENTRY, "replaces": 3}})
+def test_manifests(stages):
+    """A run directory is opened, and its stages asked for, whatever its manifest holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "manifest.json").write_text(json.dumps({"stages": stages}), encoding="utf-8")
+        with _quick(), suppress(IrlignError):
+            run = Run.read(folder)
+            run.check("data")
+            run.input_hashes({"data": "data"})
+            for before in run.stages.values():
+                run._why(before, run._entry({"x": 1}, {}))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])

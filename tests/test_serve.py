@@ -37,9 +37,10 @@ from irlign.reward.load import load_reward
 from irlign.reward.log_ratio import LogRatio
 from irlign.runs import request_seed
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
-from irlign.serve import Limits, Wanted, bind, startup
+from irlign.serve import PATHS, Limits, Wanted, bind, startup
 from irlign.serving.answers import Answerer, Served
 from irlign.serving.load import load_answerer, one_core
+from irlign.serving.protocol import Chat
 
 MOST = 2  # the label-free n that the run is given here; it drew 4 candidates of each prompt
 REWARD = "init-sft+likelihood"
@@ -243,6 +244,19 @@ def test_models_health_and_metrics(client):
     counted = float(re.search(r'irlign_requests_total{path="/v1/chat/completions",status="200"} (\S+)', text)[1])
     drawn, returned = (float(re.search(rf'irlign_tokens_total{{kind="{kind}"}} (\S+)', text)[1]) for kind in ("drawn", "returned"))
     assert counted >= 1 and drawn > returned > 0 and "irlign_waiting_requests 0.0" in text
+
+
+def test_the_openapi_document_is_what_is_read(client):
+    """Every path of the server, every reference whole; a method that is not served is told which are."""
+    text = _get(client, "/openapi.json")
+    document = json.loads(text)
+    assert set(document["paths"]) == {path for path in PATHS if path not in ("/metrics", "/openapi.json")}
+    assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= set(document["components"]["schemas"])
+    assert {field for field in Chat.model_fields} <= set(document["components"]["schemas"]["Chat"]["properties"])
+    request = urllib.request.Request(f"{client.base_url}score", method="DELETE")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 405 and caught.value.headers["allow"] == "POST"
 
 
 def test_the_key(finished):

@@ -70,23 +70,23 @@ def _kill_at(monkeypatch, step):
     monkeypatch.setattr(training, "Progress", Dying)
 
 
-@pytest.mark.parametrize(("torn", "every"), [(None, 4), (None, 3), ("empty", 4), ("half", 4)])
-def test_a_killed_training_goes_on_and_ends_the_same(policy, tmp_path, monkeypatch, torn, every):
-    """Three epochs of six steps, killed in step 8: taken up in the middle of an epoch (4) or at its end (6)."""
+@pytest.mark.parametrize(("torn", "every", "at"), [(None, 4, 8), (None, 3, 8), (None, 3, 5), ("empty", 4, 8), ("half", 4, 8)])
+def test_a_killed_training_goes_on_and_ends_the_same(policy, tmp_path, monkeypatch, torn, every, at):
+    """Three epochs of six steps, killed in step 8 or 5: taken up in the middle of an epoch (4), at its end (6), between two logs (3)."""
     saving = {"num_train_epochs": 3, "trainer": {"save_strategy": "steps", "save_steps": every, "logging_steps": 2}}
     whole = _train(policy, tmp_path / "whole", **saving)
     with monkeypatch.context() as patch:
-        _kill_at(patch, 8)
+        _kill_at(patch, at)
         with pytest.raises(Killed):
             _train(policy, tmp_path / "cut", **saving)
     assert not (tmp_path / "cut/sft").exists()
-    assert (tmp_path / "cut/checkpoints").joinpath(f"checkpoint-{7 // every * every}").is_dir()
+    assert (tmp_path / "cut/checkpoints").joinpath(f"checkpoint-{(at - 1) // every * every}").is_dir()
     if torn:  # killed while it wrote the next checkpoint
         (tmp_path / "cut/checkpoints/checkpoint-10").mkdir()
         if torn == "half":
             (tmp_path / "cut/checkpoints/checkpoint-10/model.safetensors").write_bytes(b"\0" * 100)
     resumed = _train(policy, tmp_path / "cut", **saving)
-    assert resumed == whole and whole["steps"] == 18 and len(whole["losses"]) == 9
+    assert resumed == whole and whole["steps"] == 18 and len(whole["losses"]) == {4: 9, 3: 12}[every]
     assert (tmp_path / "cut/sft/model.safetensors").read_bytes() == (tmp_path / "whole/sft/model.safetensors").read_bytes()
 
 
@@ -114,6 +114,45 @@ def test_divergence_in_the_last_update_is_an_error(policy, tmp_path):
         _train(policy, tmp_path, learning_rate=1e39, max_steps=1, warmup_steps=0, trainer={"logging_steps": 1})
 
 
+def test_memory_that_runs_out_says_the_largest_batch_that_fits(policy, tmp_path, monkeypatch):
+    """It is found by trying: here memory holds three rows."""
+    from transformers import Trainer
+
+    step, tried = Trainer.training_step, []
+
+    def little_memory(self, model, inputs, *args):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", little_memory)
+    with pytest.raises(ModelError, match="out of memory with per_device_train_batch_size=8; 2 fits") as caught:
+        _train(policy, tmp_path, gradient_accumulation_steps=3)
+    assert tried == [8, 4, 2] and "set it to 2 and gradient_accumulation_steps to 12" in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_its_update(policy, tmp_path, monkeypatch):
+    """Step 6 goes wrong: the error names it, and the checkpoint of step 4 is the last, whole and finite."""
+    from safetensors.torch import load_file
+    from transformers import Trainer
+
+    step = Trainer.training_step
+
+    def poisoned(self, model, *args):
+        loss = step(self, model, *args)
+        if self.state.global_step == 5:
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    with pytest.raises(ModelError, match="a gradient is not finite at step 6"):
+        _train(policy, tmp_path, trainer={"save_strategy": "steps", "save_steps": 2, "logging_steps": 100, "max_grad_norm": 0.0})
+    kept = sorted((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert [folder.name for folder in kept] == ["checkpoint-2", "checkpoint-4"]
+    assert all(bool(t.isfinite().all()) for folder in kept for t in load_file(folder / "model.safetensors").values())
+
+
 def test_memory_that_runs_out_is_an_error_with_a_remedy(policy, tmp_path, monkeypatch):
     from transformers import Trainer
 
@@ -123,7 +162,7 @@ def test_memory_that_runs_out_is_an_error_with_a_remedy(policy, tmp_path, monkey
     monkeypatch.setattr(Trainer, "training_step", no_memory)
     with pytest.raises(ModelError, match="per_device_train_batch_size=8") as caught:
         _train(policy, tmp_path)
-    assert "set it to 4" in str(caught.value)
+    assert "not one row fits" in str(caught.value)
     monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("a shape is wrong")))
     with pytest.raises(RuntimeError, match="a shape is wrong"):
         _train(policy, tmp_path)

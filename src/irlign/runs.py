@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -152,6 +153,16 @@ class Run:
             self._publish(name)
         return True
 
+    def check(self, *paths: str) -> None:
+        """Raises RunError where something at or below these paths is no longer what its stage published."""
+        for name, entry in self.stages.items():
+            for output, known in entry["outputs"].items():
+                if any(_overlap(output, path) for path in paths) and entry["status"] == "complete":
+                    place = self.path(output)
+                    if not place.exists() or self._hash(place) != known:
+                        what = f"{output} is {'damaged, or was changed' if place.exists() else 'gone'} since the stage {name} made it"
+                        raise RunError(what, where=self.root, do=f"irlign run {self.root}: it makes it again")
+
     def input_hashes(self, inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:
         """`{label: {"path", "sha256"}}` of a stage's inputs.
 
@@ -262,6 +273,8 @@ class Run:
         if not (folder / READY).is_file():
             return
         entry = read_json(folder / READY)
+        if not _is_entry(entry):
+            raise RunError("the file is damaged", where=folder / READY, do="delete its folder: the stage then runs again")
         for number, output in enumerate([*entry["outputs"], *entry.pop("replaces", ())]):
             source, target = folder / output, self.path(output)
             made = output in entry["outputs"]
@@ -300,9 +313,10 @@ class Run:
         if not path.exists():
             return
         stored = read_json(path)
-        if not isinstance(stored, dict) or not isinstance(stored.get("stages"), dict):
+        stages = stored.get("stages") if isinstance(stored, dict) else None
+        if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
             raise RunError("the manifest is damaged", where=path, do="delete it: every stage then runs again")
-        self.manifest["stages"] = stored["stages"]
+        self.manifest["stages"] = stages
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.stages[name] = entry
@@ -339,15 +353,39 @@ def _take_lock(root: Path) -> IO[str]:
     lock = (root / ".lock").open("a+", encoding="ascii")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         lock.close()
         raise RunError(f"in use by another process (pid {holder})", where=root, do="wait for it, or give another output_dir") from None
+    except OSError as error:
+        lock.close()
+        what, do = f"its file system knows no locks: {error.strerror}", "give an output_dir on another file system"
+        raise RunError(what, where=root / ".lock", do=do) from error
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()} on {platform.node()}")
     lock.flush()
     return lock
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a stage's entry in a manifest can be worked with; its outputs lie inside the run, whoever wrote it."""
+    kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict, "notes": dict}
+    if (
+        not isinstance(entry, dict)
+        or not {"seed", "seconds"} <= set(entry)
+        or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    ):
+        return False
+    hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
+    replaced = entry.get("replaces", [])
+    paths = [*entry["outputs"], *replaced] if isinstance(replaced, list) else [None]
+    return hashed and all(isinstance(path, str) and path.strip("/.") and not _leaves(path) for path in paths)
+
+
+def _leaves(path: str) -> bool:
+    """Whether a path inside a run leads out of it."""
+    return os.path.isabs(path) or ".." in Path(path).parts
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -24,6 +24,7 @@ from irlign.serving.batches import Batches, Closed, Full
 from irlign.serving.exchange import Exchange, Limits, News, said_of, score_ask
 from irlign.serving.load import Wanted, load_answerer
 from irlign.serving.protocol import Chat, Completion, Refused, Score, event, read
+from irlign.serving.schema import document
 
 try:
     import uvicorn
@@ -38,7 +39,7 @@ except ImportError as error:
 
 KEY = "IRLIGN_API_KEY"  # the environment variable that holds the key, unless another is named
 GONE = 499  # the status, in the metrics alone, of a request whose client did not wait
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models", "/health", "/metrics")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
 class Server:
@@ -73,6 +74,7 @@ class Server:
             ("/v1/models/{name:path}", "GET", self.model),
             ("/health", "GET", self.health),
             ("/metrics", "GET", self.prometheus),
+            ("/openapi.json", "GET", self.openapi),
         ):
             app.add_api_route(path, answer, methods=[method], response_model=None)
 
@@ -80,7 +82,9 @@ class Server:
             return error_response(error)
 
         async def unknown(request: Request, error: Any) -> Response:
-            return error_response(Refused(error.status_code, f"{request.method} {request.url.path} is not served here"))
+            answer = error_response(Refused(error.status_code, f"{request.method} {request.url.path} is not served here"))
+            answer.headers.update(error.headers or {})  # Allow: the methods that are
+            return answer
 
         async def broken(request: Request, error: Exception) -> Response:
             return error_response(Refused(500, "an error of the server's own; its log says which"))
@@ -120,6 +124,9 @@ class Server:
 
     async def prometheus(self) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self) -> Response:
+        return JSONResponse(document(self.served.name, self.served.reward))
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

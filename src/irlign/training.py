@@ -3,6 +3,7 @@
 SFT and reward training both hand rows that `data/chat.py` tokenized and masked to transformers' Trainer.
 """
 
+import gc
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from irlign.config import PassOn, Settings
-from irlign.errors import ConfigError, ModelError, memory_errors
+from irlign.errors import ConfigError, ModelError, out_of_memory
 from irlign.progress import Progress
 
 if TYPE_CHECKING:
@@ -160,16 +161,52 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     with Progress(stage, None, "steps") as bar:
         trainer.add_callback(_watch(bar, stage))
-        size = trainer.args.per_device_train_batch_size
-        remedy = f"set it to {max(1, size // 2)} and gradient_accumulation_steps to twice its value"
-        with memory_errors(f"per_device_train_batch_size={size}", where=stage, do=remedy):
+        try:
             output = trainer.train(resume_from_checkpoint=last)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            output, failed = None, str(error)
+    if output is None:  # outside of the block, whose error holds what has filled the memory
+        raise _too_large(trainer, stage, failed)
     model: Any = trainer.model
     if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the last update is in no loss
         raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     counts = {"steps": trainer.state.global_step, "tokens": trainer.state.num_input_tokens_seen}
     return {**counts, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+
+
+def _too_large(trainer: "Trainer", stage: str, failed: str) -> ModelError:
+    """The error for a batch that does not fit, with the largest that does: halved and tried, forward and backward, until one fits."""
+    size = trainer.args.per_device_train_batch_size
+    fits = next((n for n in (size >> k for k in range(1, size.bit_length())) if _fits(trainer, n)), None)
+    what = f"out of memory with per_device_train_batch_size={size}" + ("" if fits is None else f"; {fits} fits")
+    do = "not one row fits: shorten the longest (data.max_length), set use_peft=true, or trainer.gradient_checkpointing=true"
+    if fits is not None:
+        do = f"set it to {fits} and gradient_accumulation_steps to {math.ceil(size * trainer.args.gradient_accumulation_steps / fits)}"
+    error = ModelError(what, where=stage, do=do)
+    error.__cause__ = RuntimeError(failed)
+    return error
+
+
+def _fits(trainer: "Trainer", size: int) -> bool:
+    """Whether a step on so many rows fits; the first batch of an epoch holds the longest (`group_by_length`). Weights stay what they are.
+
+    Whatever else goes wrong with that size, such as answers in groups that it does not hold, says that it will not do either.
+    """
+    import torch
+
+    trainer.model.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trainer._train_batch_size = trainer.args.per_device_train_batch_size = size
+    try:
+        trainer.training_step(trainer.model_wrapped, next(iter(trainer.get_train_dataloader())))
+    except (RuntimeError, MemoryError, ValueError):
+        return False
+    return True
 
 
 def logged(trainer: "Trainer", names: Sequence[str]) -> dict[str, list[float]]:
@@ -190,9 +227,9 @@ def _last_checkpoint(checkpoints: Path) -> str | None:
     return None
 
 
-def _diverged(what: str, args: Any, state: Any, stage: str) -> ModelError:
+def _diverged(what: str, args: Any, state: Any, stage: str, ahead: int = 0) -> ModelError:
     return ModelError(
-        f"{what} at step {state.global_step}, so training has diverged",
+        f"{what} at step {state.global_step + ahead}, so training has diverged",
         where=stage,
         do=f"lower {stage}.learning_rate (now {args.learning_rate:g}) or set {stage}.trainer.max_grad_norm; "
         "what was published before is untouched",
@@ -204,9 +241,9 @@ def _watch(bar: Progress, stage: str) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        """Moves the progress line, stops on the first loss or gradient that is not finite, and seeds every epoch.
+        """Moves the progress line, stops before the first update that is not finite, logs before every checkpoint, and seeds every epoch.
 
-        The Trainer orders an epoch's rows by the global random state, which a resume in its middle does not have: so the
+        The loss since the last log is in no checkpoint, so a resume would report another. The Trainer orders an epoch's rows by the global random state, which a resume in its middle does not have: so the
         state at the start of an epoch is a function of the seed, in a checkpoint taken right before it too.
         """
 
@@ -220,8 +257,16 @@ def _watch(bar: Progress, stage: str) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             loss = next((e["loss"] for e in reversed(state.log_history) if "loss" in e), None)
             bar.advance(1, f"loss {loss:.3f}" if loss is not None else "")
+            control.should_log |= control.should_save
             if abs(state.epoch - round(state.epoch)) < 1e-6:
                 self.on_epoch_begin(args, state, control)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if args.fp16:  # its scaler skips such updates, and lowers the scale
+                return
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            if grads and not bool(torch.stack([n.to(grads[0].device) for n in torch._foreach_norm(grads)]).isfinite().all()):
+                raise _diverged("a gradient is not finite", args, state, stage, ahead=1)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             for name in ("loss", "grad_norm"):

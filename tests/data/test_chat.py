@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_tokenizer
 
-from irlign.data.chat import IGNORED, TEMPLATES, Encoded, Format, length_sorted_batches, pad
+from irlign.data.chat import IGNORED, TEMPLATES, Encoded, Format, pad
 from irlign.data.demonstrations import DataSettings
 from irlign.errors import ConfigError, DataError, ModelError
 
@@ -223,10 +223,3 @@ def test_a_row_cut_to_the_context_keeps_eos():
     assert row.within(6) == Encoded([1, 2, 3], [4, 5, 0])
     assert row.within(4) == Encoded([1, 2, 3], [0])
     assert row.within(3) == Encoded([2, 3], [0])
-
-
-def test_batches_cover_every_row_once_within_the_budget():
-    lengths = [3, 9, 1, 4, 9, 30, 2, 7]
-    batches = length_sorted_batches(lengths, 20)
-    assert batches == [[5], [1, 4], [7, 3], [0, 6, 2]]  # 30 alone; 2 x 9; 2 x 7; 3 x 3
-    assert length_sorted_batches([], 20) == []

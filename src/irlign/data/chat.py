@@ -282,15 +282,3 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tupl
         ids_B_T[b, span] = torch.tensor(row, dtype=torch.long)
         mask_B_T[b, span] = 1
     return ids_B_T, mask_B_T
-
-
-def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, each at most `token_budget` padded tokens (or one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from irlign.data.chat import IGNORED, Encoded, Format, length_sorted_batches, pad
+from irlign.data.batches import in_batches
+from irlign.data.chat import IGNORED, Encoded, Format, pad
 from irlign.policy.load import Policy, load_policy
 from irlign.records import Sample
 
@@ -24,17 +25,20 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
     rows = [row.within(policy.max_length) for row in rows]
     vocabulary = int(policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // vocabulary)
+
+    def score(batch: list[int]) -> None:
+        ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
+        labels_B_T, _ = pad([rows[i].labels for i in batch], IGNORED)
+        ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
+        logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
+        targets_B_T = labels_B_T[:, 1:]
+        nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
+        result[batch] = -nll.sum(1).double().cpu().numpy()
+        if progress is not None:
+            progress.advance(len(batch))
+
     with torch.inference_mode():
-        for batch in length_sorted_batches([len(r) for r in rows], budget):
-            ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
-            labels_B_T, _ = pad([rows[i].labels for i in batch], IGNORED)
-            ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
-            logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
-            targets_B_T = labels_B_T[:, 1:]
-            nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
-            result[batch] = -nll.sum(1).double().cpu().numpy()
-            if progress is not None:
-                progress.advance(len(batch))
+        in_batches([len(r) for r in rows], budget, score, where=f"scoring with {policy.name}")
     return result
 
 

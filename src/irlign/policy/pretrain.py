@@ -3,11 +3,11 @@
 From `policies/init` on, nothing knows that the world is synthetic.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from irlign.data.chat import Format
-from irlign.files import remove
+from irlign.files import remove, sync
 from irlign.machine import versions
 from irlign.policy.load import Policy, save_policy
 from irlign.policy.sft import collate
@@ -67,15 +67,29 @@ def pretrain(
         return {**json.loads((stored / "log.json").read_text(encoding="utf-8")), "cached": True}
     log = _train(corpus, words, settings, chat_template, folder, checkpoints, seed)
     try:
-        stored.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=stored.parent) as building:
-            shutil.copytree(folder, Path(building, "entry/policy"))
-            Path(building, "entry/log.json").write_text(json.dumps(log), encoding="utf-8")
-            if not stored.exists():
-                os.replace(Path(building, "entry"), stored)
+        _store(folder, log, stored)
     except OSError as error:
         say(f"pretrain: not cached: {error.strerror}")
     return {**log, "cached": False}
+
+
+def _store(policy: Path, log: dict[str, Any], stored: Path) -> None:
+    """Put a policy with its log into the cache, whole or not at all. One process stores at a time, so what lies in `.building` was left by a
+    killed one."""
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    with (stored.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        building = stored.parent / ".building"
+        remove(building)
+        if stored.exists():
+            return
+        try:
+            shutil.copytree(policy, building / "policy")
+            (building / "log.json").write_text(json.dumps(log), encoding="utf-8")
+            sync(building)
+            os.replace(building, stored)
+        finally:
+            remove(building)
 
 
 def _train(

@@ -11,7 +11,8 @@ from zlib import crc32
 
 import numpy as np
 
-from irlign.data.chat import Format, check_pairs, context_length, length_sorted_batches, pad
+from irlign.data.batches import in_batches
+from irlign.data.chat import Format, check_pairs, context_length, pad
 from irlign.data.pairs import plain_text
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
@@ -43,13 +44,16 @@ def policy_features(
     found = np.zeros((len(rows), 2 * width), dtype=np.float32)
     budget = GPU_TOKENS if loaded.device.type == "cuda" else CPU_TOKENS
     with torch.inference_mode(), Progress(f"features {name}", len(rows), "answers") as bar:
-        for batch in length_sorted_batches([len(row) for row in rows], budget):
+
+        def read(batch: list[int]) -> None:
             ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], loaded.pad_id)
             hidden_B_T_H = body(input_ids=ids_B_T.to(loaded.device), attention_mask=mask_B_T.to(loaded.device)).last_hidden_state.float()
             for row, i in enumerate(batch):
                 answer_T_H = hidden_B_T_H[row, len(rows[i].prompt_ids) : len(rows[i])]
                 found[i] = torch.cat([answer_T_H.mean(0), answer_T_H[-1]]).cpu().numpy()
             bar.advance(len(batch))
+
+        in_batches([len(row) for row in rows], budget, read, where=f"features {name}")
     return found
 
 
@@ -75,7 +79,8 @@ def encoder_features(
     found = np.zeros((len(texts), 2 * int(model.config.get_text_config().hidden_size)), dtype=np.float32)
     budget = GPU_TOKENS if model.device.type == "cuda" else CPU_TOKENS
     with torch.inference_mode(), Progress(f"features {name}", len(texts), "answers") as bar:
-        for batch in length_sorted_batches([len(ids) for ids in rows["input_ids"]], budget):
+
+        def read(batch: list[int]) -> None:
             _, mask_B_T = pad([rows["input_ids"][i] for i in batch], 0)
             given = {key: pad([rows[key][i] for i in batch], fill)[0].to(model.device) for key, fill in fills.items()}
             hidden_B_T_H = model(**given, attention_mask=mask_B_T.to(model.device)).last_hidden_state.float()
@@ -84,6 +89,8 @@ def encoder_features(
                 answer = [t for t, side in enumerate(sides) if side == 1] or [len(sides) - 1]  # an empty answer: the last token
                 found[i] = torch.cat([state_T_H[answer].mean(0), state_T_H.mean(0)]).cpu().numpy()
             bar.advance(len(batch))
+
+        in_batches([len(ids) for ids in rows["input_ids"]], budget, read, where=f"features {name}")
     return found
 
 

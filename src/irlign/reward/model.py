@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from irlign.data.chat import Encoded, Format, context_length, length_sorted_batches, pad
+from irlign.data.batches import in_batches
+from irlign.data.chat import Encoded, Format, context_length, pad
 from irlign.data.pairs import PAIR, PairFormat
 from irlign.errors import ModelError
 from irlign.progress import Progress
@@ -110,11 +111,14 @@ class Classifier:
         rewards = np.zeros((len(rows), int(self.model.config.num_labels or 1)))
         budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
         with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
-            for batch in length_sorted_batches([len(r) for r in rows], budget):
+
+            def score(batch: list[int]) -> None:
                 ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
                 logits_B_K = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits
                 rewards[batch] = logits_B_K.double().cpu().numpy()
                 bar.advance(len(batch))
+
+            in_batches([len(r) for r in rows], budget, score, where=f"score {self.name}")
         if not np.isfinite(rewards).all():
             raise ModelError(
                 f"{int((~np.isfinite(rewards)).sum())} rewards are not finite",

@@ -52,6 +52,7 @@ def load_answerer(root: str | Path, wanted: Wanted = Wanted()) -> Answerer:
     run = Run.read(root)
     recipe = as_recipe({**run.recipe, "seeds": None})
     served = what_is_served(run, recipe, wanted)
+    run.check("policies", "rewards")
     with one_core():
         engine = load_engine(run.path("policies", served.policy), served.sampling, recipe.data.chat_template)
         answerer = Answerer(served, engine, load_resident(run.path("rewards", served.reward)))

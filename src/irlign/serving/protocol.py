@@ -177,6 +177,8 @@ def _explained(error: ValidationError) -> Refused:
     """The first problem in a request, of those that lie deepest: which field, what was expected."""
     problem = max(error.errors(include_url=False, include_input=False), key=lambda p: len(p["loc"]))
     place, text = problem["loc"], problem["msg"]
+    if not place:
+        return Refused(400, "the name of a field is no text")  # half of a surrogate pair
     name = ".".join(str(part) for part in place if isinstance(part, int) or (part.isidentifier() and part != "str"))  # no pydantic words
     if place[0] == "messages" and len(place) > 3:
         return Refused(400, f"{name}: only parts of the type text are read: images, sound and files are not", param="messages")

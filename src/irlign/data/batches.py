@@ -1,0 +1,40 @@
+"""Rows in batches of similar length, and smaller ones where memory runs out."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from irlign.errors import ModelError, out_of_memory
+
+
+def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, each at most `token_budget` padded tokens (or one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def in_batches(lengths: Sequence[int], token_budget: int, work: Callable[[list[int]], None], *, where: str) -> None:
+    """`work(indices)` on all of `length_sorted_batches`. Where memory runs out in one, it and the rest go on with half the tokens at once.
+
+    Raises ModelError where memory does not hold one row.
+    """
+    todo = deque(length_sorted_batches(lengths, token_budget))
+    while todo:
+        batch = todo.popleft()
+        try:
+            work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            longest = lengths[batch[0]]
+            if len(batch) == 1:
+                what, do = f"out of memory with one text of {longest} tokens", "lower data.max_length, or free memory"
+                raise ModelError(what, where=where, do=do) from error
+            token_budget = len(batch) * longest // 2
+            left = [i for again in (batch, *todo) for i in again]
+            todo = deque([left[i] for i in smaller] for smaller in length_sorted_batches([lengths[i] for i in left], token_budget))
