@@ -102,6 +102,8 @@ NO_TORCH = {
         "optimise/safety_net",
         "optimise/align",
         "optimise/methods",
+        "optimise/divergences",
+        "optimise/rounds",
         "evaluate/metrics",
         "evaluate/equal_tokens",
         "evaluate/headline",

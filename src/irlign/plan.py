@@ -13,9 +13,10 @@ from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda
 from irlign.optimise.label_free import EXCHANGED, FEWEST
+from irlign.optimise.rounds import past_policies
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
-from irlign.reward.contrasts import CONTRASTS
+from irlign.reward.contrasts import CONTRASTS, REFRESHED
 from irlign.sizes import Sizes, assumed_sizes, file_sizes, measured_speed, shape_of, world_sizes
 from irlign.training import TrainerSettings
 
@@ -111,8 +112,12 @@ def _networks(recipe: Recipe) -> int:
 
 def _reward(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> Stage:
     """The learned reward; the log-ratios need no training."""
+    return _learned(recipe, sizes, backbone, speed, *(_pairs(recipe, sizes, split) for split in ("train", "dev")))
+
+
+def _learned(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed, train: float, dev: float) -> Stage:
+    """A reward that is learned from so many pairs."""
     r, length = recipe.reward, sizes.prompt + _answer(recipe, sizes)
-    train, dev = (_pairs(recipe, sizes, split) for split in ("train", "dev"))
     if r.kind == "features":
         texts = 2 * (train + dev)
         flops = backbone.read(texts, length, head=False)
@@ -144,6 +149,26 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
 # what each method reads besides for every token that it trains on: DPO the reference; KTO that, and both policies on the rows for its KL;
 # RLOO the reference and the policy as it drew the answer; GRPO the reference
 BESIDES = {"dpo": 1, "spin": 1, "kto": 3, "rloo": 2, "grpo": 1}
+
+
+def _refreshed(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> list[Stage]:
+    """The reward of each round after the first, where it is refreshed (optimise/rounds.py); every policy's answers are taken to pair."""
+    o, s = recipe.optimise, recipe.sampling
+    if o.refresh == "none":
+        return []
+    own = {"train": s.train_generations, "dev": o.generations}
+    found = []
+    for number in range(2, o.rounds + 1):
+        count = {}
+        for split, each in own.items():
+            init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
+            past = sum(each if n else sft for n in past_policies(o.refresh, o.replay, number))
+            sides = {"init": init, "sft": sft, "current": each, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
+            better, worse = REFRESHED[o.refresh]
+            more = past + (init if o.replay and worse != "init" else 0)
+            count[split] = pairs(sides[better], sides[worse] + more) * sizes.prompts[split]
+        found.append(_learned(recipe, sizes, backbone, speed, count["train"], count["dev"]))
+    return found
 
 
 def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
@@ -180,12 +205,17 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     flops += shape.read(judged * o.rounds, length, False)
     read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
+    again = _refreshed(recipe, sizes, backbone, speed)
     # drawn here whatever the engine: no endpoint knows this policy
-    seconds = (trained.seconds or 0.0) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    seconds = (
+        (trained.seconds or 0.0) + sum(s.seconds or 0.0 for s in again) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    )
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
     generated = sum(answers for _, answers in pools) * answer
-    flops += trained.flops + drawn
-    return [Stage("optimise", generated, trained.trained, read, flops, seconds, memory, shape.parameters * shape.size)]
+    memory = max([memory, *(s.memory for s in again)])
+    flops += trained.flops + drawn + sum(s.flops for s in again)
+    learned, read = trained.trained + sum(s.trained for s in again), read + sum(s.read for s in again)
+    return [Stage("optimise", generated, learned, read, flops, seconds, memory, shape.parameters * shape.size + sum(s.disk for s in again))]
 
 
 def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:
