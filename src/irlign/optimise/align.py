@@ -73,7 +73,7 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
         if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
             break
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
-        found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
+        found.append(weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
@@ -99,7 +99,7 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     return True
 
 
-def _weighed(
+def weighed(
     work: Work,
     number: int,
     answers: Sequence[Sample],
