@@ -1,6 +1,6 @@
 """A frozen reward under on-policy training beside one that is refreshed before every round: what each does to answers and to the truth.
 
-    python benchmarks/frozen_reward.py runs/frozen [--seeds 0..2] [--rounds 4] [--json FILE] [key=value ...]
+    python benchmarks/frozen_reward.py runs/frozen [--seeds 0..2] [--rounds 3] [--json FILE] [key=value ...]
 
 The dialogue world with a demonstrator in a style of its own; rloo with neither KL nor length control. Both arms share the first round, take the
 same steps with the same seeds, and each round goes on from the one before; in one arm it does so under the reward of the first round
@@ -42,11 +42,14 @@ RECIPE: dict[str, Any] = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 16,
         "log_ratio": False,
+        "ending": "keep",
+        "max_leak_accuracy": 1.0,
     },
     "best_of_n": {"likelihood": 0.0},
     "optimise": {
         "method": "rloo",
         "refresh": "current-demo",
+        "replay": False,  # the usual discriminator: against the current policy alone
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 32,
@@ -134,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, help="run directories are made below it, seed-K")
     parser.add_argument("--seeds", default="0..2", help="0..2, or 0,3,5")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every value here")
     parser.add_argument("overrides", nargs="*", help="keys of the recipe, such as reward.ending=keep")
     given = parser.parse_intermixed_args(arguments)  # overrides after options
