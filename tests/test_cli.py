@@ -151,7 +151,7 @@ def test_bad_keys(capsys, recipe, case):
             ["optimise.method=rloo", "optimise.on_policy.num_generations=3"],
             "RLOOConfig refuses it: generation_batch_size (16) must be divisible",
         ),
-        (["optimise.method=grpo", "optimise.rounds=2"], "grpo draws new ones at every step"),
+        (["optimise.method=grpo", "optimise.rounds=2"], "grpo draws its answers itself"),
         (["optimise.method=kto", "optimise.per_device_train_batch_size=1"], "estimates its KL over the rows of a batch"),
         (["sft_model_name_or_path=CLASSIFIER"], "no causal language model"),
         (["reward.kind=features", "reward.backbone=./nowhere"], "no such model folder"),

@@ -103,6 +103,8 @@ NO_TORCH = {
         "optimise/safety_net",
         "optimise/align",
         "optimise/methods",
+        "optimise/divergences",
+        "optimise/rounds",
         "evaluate/metrics",
         "evaluate/equal_tokens",
         "evaluate/headline",

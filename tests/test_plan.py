@@ -97,6 +97,32 @@ def test_rounds_of_spin_mix_in_the_round_before():
     assert three.trained == 5 * one.trained and three.generated == 3 * one.generated + 2 * 30 * 15
 
 
+@pytest.mark.parametrize(
+    ("refresh", "replay", "policies", "dev"),
+    [
+        ("current-demo", "true", (3, 4), (4 + 2 + 8, 4 + 2 + 8 + 4)),  # the round before, pi_0, pi_SFT; in round 3 round 1 too
+        ("current-demo", "false", (1, 1), (4, 4)),
+        ("current-sft", "true", (2, 3), (8, 10)),  # on dev pi_SFT's 8 answers are the longer side at first
+        ("init-current", "false", (1, 1), (4, 4)),
+    ],
+)
+def test_a_refreshed_reward_costs_its_pairs(refresh, replay, policies, dev):
+    """Three answers of each policy to each of 10 train prompts; on 20 dev prompts 4 of a round, 2 of pi_0, 8 of pi_SFT. Pairs are two texts."""
+    keys = ["optimise.rounds=3", f"optimise.refresh={refresh}", f"optimise.replay={replay}"]
+    plain, refreshed = (_stages(*more)["optimise"] for more in (keys[:1], keys))
+    assert refreshed.trained - plain.trained == 2 * 10 * 3 * sum(policies) * 20
+    assert refreshed.read - plain.read == pytest.approx(2 * 20 * sum(dev) * 20)
+    assert refreshed.generated == plain.generated and refreshed.seconds > plain.seconds and refreshed.disk > plain.disk
+
+
+def test_rounds_of_rloo_draw_the_answers_that_the_reward_learns_from():
+    """Ten train prompts, three answers each, of the policies of rounds 1 and 2."""
+    one, three = (
+        _stages("optimise.method=rloo", *more)["optimise"] for more in ([], ["optimise.rounds=3", "optimise.refresh=current-demo"])
+    )
+    assert three.generated == 3 * one.generated + 2 * 30 * 15
+
+
 def test_too_few_held_out_demonstrations_make_no_judge():
     few = replace(SIZES, rows={**SIZES.rows, "dev": 19})
     found = stages(load_recipe(Recipe, None, GIVEN), few, SHAPE, SHAPE, Speed(1e6, 4e6))

@@ -285,23 +285,35 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         return
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
     here = recipe.sampling.model_copy(update={"engine": "transformers"})  # no other engine knows the weights of a candidate
+    again = settings.refresh != "none"  # the reward is trained anew, as it was trained before
+    learning = {"learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood} if again else {}
+    backbone = {"backbone": recipe.reward.backbone} if again and recipe.reward.backbone not in ("sft", "init") else {}
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.align import align
         from irlign.optimise.methods import Work
 
-        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, name), __version__)
+        options = {"name": name, "learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood}
+        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, **options), __version__)
         say(f"{stage}: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
     run.do(
         stage,
         build,
-        settings={"optimise": settings, "sampling": here.identity, "reward": selector, "judge": JUDGE, "chat_template": template},
+        settings={
+            "optimise": settings,
+            "sampling": here.identity,
+            "reward": selector,
+            "judge": JUDGE,
+            "chat_template": template,
+            **learning,
+        },
         inputs=_inside(
             *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),
             *("policies/sft", "policies/init", *(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
-        ),
+        )
+        | backbone,
         outputs=[f"policies/{name}", f"pools/{name}.parquet", stage],
     )
 
@@ -318,7 +330,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         from irlign.evaluate.golden import guard_golden, load_golden
         from irlign.evaluate.results import measure
 
-        guard_golden(spec, [run.path("rewards"), run.path("policies")])
+        guard_golden(spec, [run.path(name) for name in ("rewards", "policies", "optimise")])
         golden = load_golden(spec) if spec else world.golden if world else None
         results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run), bool(aligned), better)
         write_json(folder / "evaluation/results.json", results)

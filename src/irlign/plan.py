@@ -14,9 +14,11 @@ from irlign.errors import ConfigError
 from irlign.machine import has_cuda
 from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
 from irlign.optimise.label_free import EXCHANGED, FEWEST
+from irlign.optimise.methods import rewarded
+from irlign.optimise.rounds import past_policies
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
-from irlign.reward.contrasts import CONTRASTS
+from irlign.reward.contrasts import CONTRASTS, REFRESHED
 from irlign.sizes import Sizes, assumed_sizes, file_sizes, measured_speed, shape_of, world_sizes
 from irlign.training import TrainerSettings
 
@@ -112,8 +114,12 @@ def _networks(recipe: Recipe) -> int:
 
 def _reward(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> Stage:
     """The learned reward; the log-ratios need no training."""
+    return _learned(recipe, sizes, backbone, speed, *(_pairs(recipe, sizes, split) for split in ("train", "dev")))
+
+
+def _learned(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed, train: float, dev: float) -> Stage:
+    """A reward that is learned from so many pairs."""
     r, length = recipe.reward, sizes.prompt + _answer(recipe, sizes)
-    train, dev = (_pairs(recipe, sizes, split) for split in ("train", "dev"))
     if r.kind == "features":
         texts = 2 * (train + dev)
         flops = backbone.read(texts, length, head=False)
@@ -146,7 +152,26 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
 # RLOO the reference and the policy as it drew the answer; GRPO the reference
 BESIDES = {"dpo": 1, "spin": 1, "ditto": 1, "kto": 3, "rloo": 2, "grpo": 1, "rlsr": 1, "gad": 1}
 PAIRED, ON_POLICY = ("dpo", "spin", "ditto"), ("rloo", "grpo", "rlsr", "gad")
-REWARDED = ("distill", "dpo", "rloo", "grpo")  # their answers are scored by the reward that selects
+
+
+def _refreshed(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> list[Stage]:
+    """The reward of each round after the first, where it is refreshed (optimise/rounds.py); every policy's answers are taken to pair."""
+    o, s = recipe.optimise, recipe.sampling
+    if o.refresh == "none":
+        return []
+    own = {"train": s.train_generations, "dev": o.generations}
+    found = []
+    for number in range(2, o.rounds + 1):
+        count = {}
+        for split, each in own.items():
+            init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
+            past = sum(each if n else sft for n in past_policies(o.refresh, o.replay, number))
+            sides = {"init": init, "sft": sft, "current": each, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
+            better, worse = REFRESHED[o.refresh]
+            more = past + (init if o.replay and worse != "init" else 0)
+            count[split] = pairs(sides[better], sides[worse] + more) * sizes.prompts[split]
+        found.append(_learned(recipe, sizes, backbone, speed, count["train"], count["dev"]))
+    return found
 
 
 def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
@@ -175,7 +200,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
     other = _discriminator(recipe, sizes, shape, speed, own + new) if o.method == "gad" else Stage("discriminator")
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
-    texts = (own * o.rounds + new) * (o.method in REWARDED)
+    texts = (own * o.rounds + new) * rewarded(o.method)
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
     weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
     weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once
@@ -184,12 +209,15 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     flops += shape.read(judged * o.rounds, length, False)
     read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length + other.read
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
+    again = _refreshed(recipe, sizes, backbone, speed)
     # drawn here whatever the engine: no endpoint knows this policy
-    seconds = (trained.seconds or 0.0) + (other.seconds or 0.0) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    seconds = sum(s.seconds or 0.0 for s in (trained, other, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
+    memory = max([memory, *(s.memory for s in again)])
     generated = sum(answers for _, answers in pools) * answer
-    flops += trained.flops + other.flops + drawn
-    return [Stage("optimise", generated, trained.trained + other.trained, read, flops, seconds, memory, shape.parameters * shape.size)]
+    flops += drawn + sum(s.flops for s in (trained, other, *again))
+    learned, read = sum(s.trained for s in (trained, other, *again)), read + sum(s.read for s in again)
+    return [Stage("optimise", generated, learned, read, flops, seconds, memory, shape.parameters * shape.size + sum(s.disk for s in again))]
 
 
 def _discriminator(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, scored: float) -> Stage:

@@ -84,7 +84,18 @@ class Recipe(Settings):
         most, budget = self.best_of_n.n or self.sampling.num_generations, self.best_of_n.budget
         if budget is not None and budget > most:
             raise ValueError(f"best_of_n.budget={budget:g} is a mean number of answers, and a prompt has {most} at most")
+        self._logit_for_objective()
         return self
+
+    def _logit_for_objective(self) -> None:
+        """gail and fairl are functions of a logit: of log P(better) - log P(worse) itself, and not of something else that ranks like it."""
+        o, r = self.optimise, self.reward
+        shaped = o.method in ("rloo", "grpo") and o.on_policy.objective != "reverse-kl"
+        if shaped and (self.best_of_n.likelihood or r.loss != "logistic" or r.ensemble):
+            raise ValueError(
+                f"optimise.on_policy.objective={o.on_policy.objective} is a function of the logit that better is told from worse by: give "
+                "best_of_n.likelihood=0, reward.loss=logistic and no reward.ensemble, or objective=reverse-kl"
+            )
 
     def _without_weights(self) -> "Recipe":
         """With `pools`: what needs a policy's weights is off by default, and an error where it was asked for."""

@@ -181,7 +181,8 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
 
 
 def test_spin_goes_on_from_the_round_before(tmp_path):
-    work = methods.Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), None, None, "", "none", tmp_path / "work")
+    settings = methods.OptimiseSettings(method="spin")
+    work = methods.Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), settings, None, "", "none", tmp_path / "work")
     assert [work.start(1, "before"), work.start(3, "sft")] == [tmp_path / "policies/sft"] * 2
     assert work.start(3, "before") == tmp_path / "work/rounds/2/policy"
 

@@ -1,7 +1,8 @@
 """The stage `optimise`: rounds of a method make candidates for the aligned policy, and the safety net publishes one of them or pi_SFT.
 
 Each round starts from the same policy again (spin: from the round before); what changes from round to round is whose answers it learns
-from: those of pi_SFT in the first, those of the round before in the others.
+from: those of pi_SFT in the first, those of the round before in the others. Where the reward is refreshed (optimise/rounds.py), each round
+goes on from the one before.
 """
 
 import shutil
@@ -14,7 +15,8 @@ from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.optimise.label_free import FEWEST, judge_pool
-from irlign.optimise.methods import METHODS, Work, own_config
+from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config, rewarded
+from irlign.optimise.rounds import keep_rewards, refresh
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
@@ -48,21 +50,19 @@ def align(work: Work, version: str) -> dict[str, Any]:
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
     rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-    rewarded = "{reward}" in METHODS[work.settings.method].source
-    shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if rewarded else None}
+    shown, reward = stored_demonstrations(work.run, "dev"), work.reward if rewarded(work.settings.method) else None
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
     else:
         sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
-        choice = _rounds(work, sft, shown)
-    choice = {**about, **choice, "demonstrations": len(shown)}
+        choice = _rounds(work, sft, shown, version)
+    choice = {"method": work.settings.method, "reward": reward, **choice, "demonstrations": len(shown)}
     _publish(work, choice, version)
     return choice
 
 
-def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str, Any]:
+def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: str) -> dict[str, Any]:
     """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
-    method = METHODS[work.settings.method]
     wanted = [
         (p, work.settings.generations)
         for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
@@ -71,17 +71,10 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
     found: list[Candidate] = []
     kept = "no train prompt has a finished answer to learn from"
     for number in range(1, work.settings.rounds + 1):
-        place = work.round(number)
-        if not (place / "log.json").exists():
-            if not (rows := method.rows(work, number)):
-                break
-            options: dict[str, Any] = {"chat_template": work.chat_template, "seed": work.run.seed, "report_to": work.report_to}
-            options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
-            options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
-            options |= method.options(work)
-            write_json(place / "log.json", method.train(work.start(number, method.start), rows, shown, work.settings, **options))
+        if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
+            break
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
-        found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
+        found.append(weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
@@ -90,7 +83,24 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
     return choice_of(found, {**base, "kl_initial": kl(Judged(few, np.zeros(len(few))), nats[0], nats[1])}, kept)
 
 
-def _weighed(
+def improve(work: Work, number: int, shown: Sequence[Demonstration], version: str) -> bool:
+    """Train the policy of a round, its reward before it where that is refreshed; log.json in the round's folder says that it is there.
+    Returns whether there was anything to learn from."""
+    method, place = METHODS[work.settings.method], work.round(number)
+    new = {"reward": refresh(work, number, version)} if work.settings.refresh != "none" and number > 1 else {}
+    if not (rows := method.rows(work, number)):
+        return False
+    options: dict[str, Any] = {"chat_template": work.chat_template, "report_to": work.report_to}
+    options |= {"seed": work.run.seed + SEEDS_APART * (number - 1)}
+    options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
+    options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
+    options |= method.options(work, number)
+    log = method.train(work.start(number, method.start), rows, shown, work.settings, **options)
+    write_json(place / "log.json", {**log, **new})
+    return True
+
+
+def weighed(
     work: Work,
     number: int,
     answers: Sequence[Sample],
@@ -132,10 +142,12 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        learned = METHODS[choice["method"]].source.format(**choice)
+        learned = METHODS[choice["method"]].source.format(reward=work.scorer(int(name.removeprefix("round-"))).name)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
     (policy / "README.md").write_text(card, encoding="utf-8")
     if place:
         publish_card(pool, work.name, pool_statistics(read_pool(pool)), work.sampling)
+    if work.settings.refresh != "none":
+        keep_rewards(work, [n for n in range(2, work.settings.rounds + 1) if f"round-{n}" in choice["candidates"]])
     write_json(work.folder / work.stage / "choice.json", choice)

@@ -30,8 +30,10 @@ from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_po
 from irlign.optimise.rlsr import DemonstrationCosine
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.records import Contrast, Demonstration, Sample
+from irlign.reward.contrasts import RefreshName
 from irlign.reward.controls import by_prompt
 from irlign.reward.load import load_resident, score_all
+from irlign.reward.train import RewardSettings
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, read_pool, stored_samples
@@ -40,13 +42,13 @@ from irlign.training import Config, TrainerSettings
 DRAWN = "answers of its own as the reward `{reward}` scored them"
 LIKENED = "answers of its own as they resemble the demonstration"
 DISCRIMINATED = "answers of its own as a discriminator of demonstrations scored them"
+ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
 ONE_ROUND = {  # why
-    "weighted-sft": "weighted-sft learns from demonstrations",
-    "rloo": "rloo draws new ones at every step",
-    "grpo": "grpo draws new ones at every step",
-    "rlsr": "rlsr draws new ones at every step",
-    "gad": "gad draws new ones at every step",
+    "weighted-sft": "a round learns from samples of the one before, and {} learns from demonstrations: leave optimise.rounds out",
+    **dict.fromkeys(("rloo", "grpo"), f"{ITSELF}refresh it (optimise.refresh)"),
+    **dict.fromkeys(("rlsr", "gad"), f"{ITSELF}leave optimise.rounds out"),
 }
+SEEDS_APART = 1009  # between the seeds of two rounds
 
 
 class OptimiseSettings(TrainerSettings):
@@ -60,6 +62,13 @@ class OptimiseSettings(TrainerSettings):
         "demonstration; gad: by a discriminator of demonstrations; none: leave the stage out",
     )
     rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
+    refresh: Literal["none"] | RefreshName = Field(
+        "none",
+        description="from the second round on the reward is trained anew, worse-better as contrasts are named: current-demo: demonstrations over "
+        "answers of the round before; current-sft: pi_SFT's over those; init-current: those over pi_0's; each round then goes on from the "
+        "one before. none: the same reward in all rounds, each from pi_SFT",
+    )
+    replay: bool = Field(True, description="refresh: the answers of pi_0 and of all earlier rounds are on the worse side too")
     answers: int | None = Field(
         None, ge=1, description="answers to each train prompt that a round learns from; null: sampling.train_generations, which are stored"
     )
@@ -71,8 +80,15 @@ class OptimiseSettings(TrainerSettings):
 
     @model_validator(mode="after")
     def _possible(self) -> "OptimiseSettings":
-        if self.method in ONE_ROUND and self.rounds > 1:
-            raise ValueError(f"a round learns from samples of the one before, and {ONE_ROUND[self.method]}: leave optimise.rounds out")
+        if self.method in ONE_ROUND and self.rounds > 1 and (self.refresh == "none" or not rewarded(self.method)):
+            raise ValueError(ONE_ROUND[self.method].format(self.method))
+        if self.refresh != "none" and self.method != "none":
+            if not rewarded(self.method):
+                raise ValueError(f"{self.method} asks no reward, so there is none to refresh: optimise.refresh=none")
+            if self.rounds == 1:
+                raise ValueError(
+                    "the reward is refreshed from the second round on: give optimise.rounds of 2 or more, or leave refresh out"
+                )
         if self.method == "kto" and self.per_device_train_batch_size == 1:
             raise ValueError("kto estimates its KL over the rows of a batch: per_device_train_batch_size must be 2 or more")
         return self
@@ -86,7 +102,8 @@ def stage_of(name: str) -> str:
 @dataclass(frozen=True)
 class Work:
     """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), the folder it
-    builds in, and the `name` that the published policy gets."""
+    builds in, and the `name` that the published policy gets; for rewards that are refreshed how the run's own was learned, and how hard it is
+    held to the likelihood."""
 
     run: Run
     settings: OptimiseSettings
@@ -96,6 +113,8 @@ class Work:
     folder: Path
     report_to: str = "none"
     name: str = "aligned"
+    learning: RewardSettings | None = None
+    likelihood: float = 0.0
 
     @property
     def stage(self) -> str:
@@ -111,8 +130,21 @@ class Work:
         return self.round(number) / "policy" if number else self.run.path("policies/sft")
 
     def start(self, number: int, name: str) -> Path:
-        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before."""
-        return self.policy(number - 1) if name == "before" else self.run.path("policies", name)
+        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before, which
+        it always is where the reward is refreshed."""
+        return self.policy(number - 1) if name == "before" or self.settings.refresh != "none" else self.run.path("policies", name)
+
+    @property
+    def refreshed(self) -> RewardSettings:
+        """How a reward is refreshed: as the run's own was learned, on another contrast."""
+        assert self.learning is not None  # the stage hands it over where it is asked for
+        return self.learning.model_copy(update={"contrast": self.settings.refresh, "mixture": {}, "ensemble": []})
+
+    def scorer(self, number: int) -> Path:
+        """The reward that a round learns from: the one that selects, from the second round on the refreshed one where it is refreshed."""
+        if number == 1 or self.settings.refresh == "none":
+            return self.run.path("rewards", self.reward)
+        return self.round(number) / "reward" / (f"{self.settings.refresh}+likelihood" if self.likelihood else self.settings.refresh)
 
     def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
         """Samples of a round's policy, in `NAME.parquet` beside it."""
@@ -135,22 +167,22 @@ def own_answers(work: Work, number: int) -> list[Sample]:
     return work.draw(number - 1, "train", [(p, wanted) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
 
 
-def scored(work: Work, samples: Sequence[Sample]) -> np.ndarray:
-    """Their scores under the reward that selects. Shape [len(samples)]."""
+def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
+    """Their scores under the reward of this round. Shape [len(samples)]."""
     prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    return score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)[work.reward]
+    return score_all({"reward": work.scorer(number)}, prompts, texts)["reward"]
 
 
 def won_answers(work: Work, number: int) -> list[Sample]:
-    """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
+    """Best-of-n on the train prompts: the winners by the reward of this round among the answers of the policy before this round."""
     samples = own_answers(work, number)
-    return winners(samples, scored(work, samples), work.settings.winners)
+    return winners(samples, scored(work, number, samples), work.settings.winners)
 
 
 def ranked_answers(work: Work, number: int) -> list[Contrast]:
-    """The best of each train prompt's answers over the worst, by the selecting reward."""
+    """The best of each train prompt's answers over the worst, by the reward of this round."""
     samples = own_answers(work, number)
-    return best_and_worst(samples, scored(work, samples))
+    return best_and_worst(samples, scored(work, number, samples))
 
 
 def shown_over_own(work: Work, number: int) -> list[Contrast]:
@@ -196,26 +228,27 @@ def drawing(trainer: Literal["rloo", "grpo"], settings: OptimiseSettings, sampli
     return on_policy_config(trainer, settings.on_policy, sampling)
 
 
-def scoring(work: Work) -> dict[str, Any]:
+def scoring(work: Work, number: int) -> dict[str, Any]:
     """What scores those answers."""
-    reward = load_resident(work.run.path("rewards", work.reward))
-    return {"reward": reward, "length_penalty": work.settings.on_policy.length_penalty}
+    own = work.settings.on_policy
+    return {"reward": load_resident(work.scorer(number)), "length_penalty": own.length_penalty, "objective": own.objective}
 
 
-def comparing(work: Work) -> dict[str, Any]:
+def comparing(work: Work, number: int) -> dict[str, Any]:
     """What scores them by the demonstration of their prompt."""
     own = work.settings.on_policy
-    reward = DemonstrationCosine(by_prompt(demonstrated(work, 1)), own.encoder, work.chat_template)
+    reward = DemonstrationCosine(by_prompt(demonstrated(work, number)), own.encoder, work.chat_template)
     return {"reward": reward, "length_penalty": own.length_penalty}
 
 
-def discriminating(work: Work) -> dict[str, Any]:
+def discriminating(work: Work, number: int) -> dict[str, Any]:
     """What the discriminator is made of, which scores them."""
     own = work.settings
-    return {"demonstrations": demonstrated(work, 1), "discriminator": own.discriminator, "length_penalty": own.on_policy.length_penalty}
+    shown, penalty = demonstrated(work, number), own.on_policy.length_penalty
+    return {"demonstrations": shown, "discriminator": own.discriminator, "length_penalty": penalty}
 
 
-def classifying(work: Work) -> dict[str, Any]:
+def classifying(work: Work, number: int) -> dict[str, Any]:
     """The scale and the shift of gsil's logit."""
     return {"beta": work.settings.preference.beta, "shift": work.settings.preference.shift}
 
@@ -234,7 +267,7 @@ class Method(NamedTuple):
     rows: Callable[[Work, int], Sequence[Any]]
     source: str
     config: Callable[[OptimiseSettings, SamplingSettings], Config] | None = None
-    options: Callable[[Work], dict[str, Any]] = lambda work: {}
+    options: Callable[[Work, int], dict[str, Any]] = lambda work, number: {}
 
 
 METHODS: dict[str, Method] = {
@@ -250,6 +283,11 @@ METHODS: dict[str, Method] = {
     "rlsr": Method(train_on_policy, "sft", answers_beside_shown, LIKENED, partial(drawing, "grpo"), comparing),
     "gad": Method(train_gad, "sft", first_answers, DISCRIMINATED, partial(drawing, "grpo"), discriminating),
 }
+
+
+def rewarded(method: str) -> bool:
+    """Whether the reward has a part in a method."""
+    return method in METHODS and "{reward}" in METHODS[method].source
 
 
 def own_config(settings: OptimiseSettings, sampling: SamplingSettings) -> Config | None:

@@ -1,6 +1,6 @@
 """On-policy: the policy draws answers as it learns, the reward scores them, and the better ones become likelier; RLOO and GRPO through TRL.
 
-`max_pi E_{y ~ pi}[r(x, y)] - beta KL(pi || pi_SFT)`. The reward scores the answer's text in its own format, as everywhere; TRL's own
+`max_pi E_{y ~ pi}[r(x, y)] - beta KL(pi || start)`, start being pi_SFT or the policy of the round before. The reward scores the answer's text in its own format, as everywhere; TRL's own
 scoring would leave out BOS and EOS and cut nothing. A frozen reward under on-policy training is what blows answers up in length: so the
 KL, a control of the length, and the safety net.
 """
@@ -17,6 +17,7 @@ from irlign.config import Settings
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.preference import need_trl
 from irlign.policy.likelihood import mean_nll
 from irlign.policy.load import Policy, load_policy, save_policy
@@ -33,9 +34,18 @@ METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "
 class OnPolicySettings(Settings):
     """rloo, grpo, rlsr, gad. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
 
-    beta: float = Field(0.05, ge=0, description="standard deviations of the reward that a nat of KL to pi_SFT costs; 0 lets the policy go")
+    beta: float = Field(
+        0.05,
+        ge=0,
+        description="standard deviations of the reward that a nat of KL to the policy it starts from costs; 0 lets the policy go",
+    )
     num_generations: int = Field(
         8, ge=2, description="answers to a prompt that are weighed against each other; the rows of a step are a multiple of it"
+    )
+    objective: Objective = Field(
+        "reverse-kl",
+        description="what the reward h = logit P(better) pays: reverse-kl: h; gail: softplus(h); fairl: -h exp(h), clipped; the last two need a "
+        "reward that is a logit (best_of_n.likelihood=0)",
     )
     length_penalty: float = Field(
         1.0,
@@ -78,12 +88,12 @@ def readable(form: Format, prompts: Sequence[Prompt], room: int) -> dict[int, An
 
 
 def reward_function(
-    reward: RewardModel, form: Format, samples: Sequence[Sample], ends: set[int], penalty: float
+    reward: RewardModel, form: Format, samples: Sequence[Sample], ends: set[int], penalty: float, objective: Objective = "reverse-kl"
 ) -> Callable[..., list[float]]:
     """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
-    answers, over which rewards are standardised, and whose mean length for a prompt is its usual one."""
-    asked = {s.prompt.prompt_id: s.prompt for s in samples}
-    known = reward.score([s.prompt.content for s in samples], [scored_text(s) for s in samples])
+    answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one."""
+    asked, paid = {s.prompt.prompt_id: s.prompt for s in samples}, OBJECTIVES[objective]
+    known = paid(reward.score([s.prompt.content for s in samples], [scored_text(s) for s in samples]))
     center, scale = float(known.mean()), float(known.std()) or 1.0
     tokens: dict[str, list[int]] = {}
     for sample in samples:
@@ -97,7 +107,7 @@ def reward_function(
         bodies = [list(ids[:-1]) if done else list(ids) for ids, done in zip(completion_ids, finished, strict=True)]
         texts = form.decode_completions([prompt_ids[i] for i in index], bodies)
         with silently():
-            scores_B = reward.score([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)])
+            scores_B = paid(reward.score([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)]))
         tokens_B, cut_B = np.array([len(ids) for ids in completion_ids]), ~np.array(finished)
         return shaped((scores_B - center) / scale, tokens_B, usual_P[list(index)], cut_B, penalty).tolist()
 
@@ -128,7 +138,7 @@ def on_policy_config(method: Literal["rloo", "grpo"], settings: OnPolicySettings
 
 
 def train_on_policy(
-    sft: Path,
+    start: Path,
     train: Sequence[Sample],
     dev: Sequence[Demonstration],
     settings: TrainerSettings,
@@ -136,13 +146,14 @@ def train_on_policy(
     config: Config,
     reward: RewardModel,
     length_penalty: float,
+    objective: Objective = "reverse-kl",
     chat_template: str,
     folder: Path,
     checkpoints: Path,
     seed: int,
     report_to: str,
 ) -> dict[str, Any]:
-    """Train the policy in `sft`, which is also the reference, on the prompts of its answers `train`, and save it in `folder` as a plain
+    """Train the policy in `start`, which is also the reference, on the prompts of pi_SFT's answers `train`, and save it in `folder` as a plain
     transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
     reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
 
@@ -154,7 +165,7 @@ def train_on_policy(
     from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
     set_seed(seed)
-    policy = load_policy(str(sft), "sft")
+    policy = load_policy(str(start), "start")
     form = Format(policy.tokenizer, chat_template)
     prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
     dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
@@ -163,7 +174,7 @@ def train_on_policy(
     stored, bf16 = policy.model.dtype, precision(policy.model, settings)
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
-    scorer = reward_function(reward, form, train, _ends(policy), length_penalty)
+    scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective)
     drawn: list[int] = []
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:

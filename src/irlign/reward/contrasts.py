@@ -23,6 +23,12 @@ CONTRASTS: dict[str, tuple[str, str]] = {  # better, worse
     "sft-demo": ("demonstrations", "sft"),
     "preference": ("chosen", "rejected"),
 }
+RefreshName = Literal["current-demo", "current-sft", "init-current"]
+REFRESHED: dict[str, tuple[str, str]] = {  # between rounds: `current` is the policy of the round before
+    "current-demo": ("demonstrations", "current"),
+    "current-sft": ("sft", "current"),
+    "init-current": ("current", "init"),
+}
 
 
 def ended(text: str, finished: bool) -> str:
@@ -45,6 +51,7 @@ def answers_of(
     *,
     sft: Sequence[Sample] = (),
     init: Sequence[Sample] = (),
+    current: Sequence[Sample] = (),
     demonstrations: Sequence[Demonstration] = (),
     preferences: Sequence[Preference] = (),
 ) -> tuple[list[Answer], list[Answer]]:
@@ -52,11 +59,12 @@ def answers_of(
     sources = {
         "sft": [(s.prompt, s.completion, s.finished) for s in sft],
         "init": [(s.prompt, s.completion, s.finished) for s in init],
+        "current": [(s.prompt, s.completion, s.finished) for s in current],
         "demonstrations": [(d.prompt, d.completion, True) for d in demonstrations],
         "chosen": [(p.prompt, p.chosen, True) for p in preferences],
         "rejected": [(p.prompt, p.rejected, True) for p in preferences],
     }
-    better, worse = CONTRASTS[contrast]
+    better, worse = (CONTRASTS | REFRESHED)[contrast]
     return sources[better], sources[worse]
 
 

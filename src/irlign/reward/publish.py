@@ -43,7 +43,7 @@ point where more is worse: read the curve in the run's report.
 HELD = """# {name}: what Best-of-N selects by
 
 The learned reward `{reward}` held to what the SFT policy finds likely: both over their standard deviation within a prompt's answers, the
-likelihood (mean log-probability a token) with weight {weight:g}, averaged. It lies beside the two folders it combines and needs them:
+likelihood (mean log-probability a token) with weight {weight:g}, averaged. It needs the two folders that its reward.json names:
 `irlign.load_reward("this folder").score(prompts, completions)`. `best_of_n.likelihood=0` selects by `{reward}` alone.
 """
 
@@ -118,9 +118,11 @@ def held_to_likelihood(
     return combine(standardised(np.stack([reward_B, likelihood_B]), np.array(scales)), "mean", 0.0), scales
 
 
-def publish_held(folder: Path, name: str, reward: Path, scales: Sequence[Sequence[float]], weight: float) -> None:
-    """reward.json of the reward in the folder `reward` held to the likelihood: an ensemble of the two that lie beside it."""
+def publish_held(
+    folder: Path, name: str, reward: Path, scales: Sequence[Sequence[float]], weight: float, likelihood: str = f"../{LIKELIHOOD}"
+) -> None:
+    """reward.json of the reward in the folder `reward`, beside `folder / name`, held to the likelihood: an ensemble of the two."""
     about = {k: v for k, v in read_json(reward / "reward.json").items() if k in ABOUT}
-    shape = {"kind": "ensemble", "members": [f"../{reward.name}", f"../{LIKELIHOOD}"], "aggregate": "mean", "variance_penalty": 0.0}
+    shape = {"kind": "ensemble", "members": [f"../{reward.name}", likelihood], "aggregate": "mean", "variance_penalty": 0.0}
     write_json(folder / name / "reward.json", {**about, **shape, "name": name, "scales": scales, "likelihood": weight})
     (folder / name / "README.md").write_text(HELD.format(name=name, reward=reward.name, weight=weight), encoding="utf-8")
