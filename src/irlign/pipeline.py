@@ -293,8 +293,8 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         from irlign.optimise.align import align
         from irlign.optimise.methods import Work
 
-        options = {"name": name, "learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood}
-        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, **options), __version__)
+        work = Work(run, settings, here, selector, template, folder, recipe.report_to, name, recipe.reward, recipe.best_of_n.likelihood)
+        choice = align(work, __version__)
         say(f"{stage}: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
