@@ -82,7 +82,7 @@ def _sample(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed) -> Stage:
     pools += [(p["train"] + p["dev"], train + p["dev"] * s.initial_generations)] * len(recipe.sft.kept)
     tokens = sum(answers for _, answers in pools) * answer
     stored = POOL_TOKEN * tokens
-    if s.engine != "transformers":
+    if s.here.engine != "transformers":
         billed = sum(answers for _, answers in pools) * sizes.prompt  # one request an answer
         return Stage("sample", tokens, 0.0, billed, 0.0, None, PROCESS, stored)
     flops = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)

@@ -29,6 +29,7 @@ def preflight(recipe: Recipe) -> None:
         judge.address(section=SECTION)
     if spec := recipe.evaluation.golden_reward:
         _golden(spec)
+    recipe.processes.check()
     for settings in _trained(recipe):
         _accepted(recipe, settings)
     check_method(recipe)

@@ -6,7 +6,7 @@ that stand in the user's own text, a `</s>` in a question, are plain text: only 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that transformers' losses skip
+BLOCK = 4096  # answers that are tokenized, sorted by length and scored together
 STANDS_IN = 0x10F000  # from here on, private characters stand for the special tokens in the user's text until it is tokenized
 
 TEMPLATES = {
@@ -282,6 +283,13 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tupl
         ids_B_T[b, span] = torch.tensor(row, dtype=torch.long)
         mask_B_T[b, span] = 1
     return ids_B_T, mask_B_T
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """So many answers as ranges of at most BLOCK: each is tokenized and sorted by length alone, so that memory does not grow with their
+    number, and a block scored elsewhere gives the same numbers."""
+    for first in range(0, count, BLOCK):
+        yield slice(first, min(first + BLOCK, count))
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

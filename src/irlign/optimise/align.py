@@ -13,13 +13,14 @@ import numpy as np
 from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
+from irlign.launch import launch
 from irlign.optimise.label_free import FEWEST, judge_pool
 from irlign.optimise.methods import METHODS, Work, own_config
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
-from irlign.sampling.pools import pool_statistics, publish_card, read_pool, stored_samples
+from irlign.sampling.pools import publish_card, stored_samples, stored_statistics
 
 CARD = """---
 library_name: transformers
@@ -78,7 +79,8 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration]) -> dict[str
             options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
             options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
             options |= method.options(work)
-            write_json(place / "log.json", method.train(work.start(number, method.start), rows, shown, work.settings, **options))
+            given = (work.start(number, method.start), rows, shown, work.settings)
+            write_json(place / "log.json", launch(work.processes, method.train, *given, **options))
         answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
         found.append(_weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
@@ -134,5 +136,5 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     (work.folder / "policies/aligned/README.md").write_text(card, encoding="utf-8")
     if place:
         pool = work.folder / "pools/aligned.parquet"
-        publish_card(pool, "aligned", pool_statistics(read_pool(pool)), work.sampling)
+        publish_card(pool, "aligned", stored_statistics(pool), work.sampling)
     write_json(work.folder / "optimise/choice.json", choice)

@@ -1,7 +1,7 @@
 """The policy methods: how each trains, from which policy, and on what rows of a run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from irlign.data.splits import stored_demonstrations
+from irlign.launch import ProcessSettings
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.preference import (
@@ -24,9 +25,9 @@ from irlign.optimise.preference import (
     train_kto,
 )
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_policy
+from irlign.optimise.scoring import scores_of
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.records import Contrast, Demonstration, Sample
-from irlign.reward.load import score_all
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, read_pool, stored_samples
@@ -79,6 +80,7 @@ class Work:
     chat_template: str
     folder: Path
     report_to: str = "none"
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
 
     def round(self, number: int) -> Path:
         """Where a round's policy, pools and log are built."""
@@ -108,22 +110,24 @@ def own_answers(work: Work, number: int) -> list[Sample]:
     return work.draw(number - 1, "train", [(p, wanted) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
 
 
-def scored(work: Work, samples: Sequence[Sample]) -> np.ndarray:
-    """Their scores under the reward that selects. Shape [len(samples)]."""
+def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
+    """Their scores under the reward that selects, for a round. Shape [len(samples)]."""
     prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    return score_all({work.reward: work.run.path("rewards", work.reward)}, prompts, texts)[work.reward]
+    rewards = {work.reward: work.run.path("rewards", work.reward)}
+    kept = work.round(number) / "scores"
+    return scores_of(rewards, prompts, texts, work.sampling, kept)[work.reward]
 
 
 def won_answers(work: Work, number: int) -> list[Sample]:
     """Best-of-n on the train prompts: the winners by the selecting reward among the answers of the policy before this round."""
     samples = own_answers(work, number)
-    return winners(samples, scored(work, samples), work.settings.winners)
+    return winners(samples, scored(work, number, samples), work.settings.winners)
 
 
 def ranked_answers(work: Work, number: int) -> list[Contrast]:
     """The best of each train prompt's answers over the worst, by the selecting reward."""
     samples = own_answers(work, number)
-    return best_and_worst(samples, scored(work, samples))
+    return best_and_worst(samples, scored(work, number, samples))
 
 
 def shown_over_own(work: Work, number: int) -> list[Contrast]:
