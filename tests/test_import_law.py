@@ -36,7 +36,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "seeds": SPINE | {"report"},
     "compare": SPINE | {"report"},
     "recipe": SPINE | {"launch", "data", "worlds", "policy", "sampling", "reward", "optimise", "evaluate"},
-    "preflight": SPINE | {"endpoint", "training", "policy", "sampling", "optimise", "evaluate", "recipe"},
+    "preflight": SPINE | {"endpoint", "launch", "training", "policy", "sampling", "optimise", "evaluate", "recipe"},
     "sizes": SPINE | {"costs", "data", "training", "policy", "recipe"},
     "first_recipe": {"config", "errors", "recipe"},
     "plan": SPINE | {"costs", "sizes", "training", "reward", "optimise", "recipe"},

@@ -92,7 +92,7 @@ def test_what_stops_a_process_is_the_error_of_the_whole(tmp_path):
     with pytest.raises(ModelError, match="training has diverged") as error:
         _sft(tmp_path / "nan", TWO, 4, learning_rate=1e30)
     assert error.value.where == "sft" and not (tmp_path / "nan/sft").exists()
-    with pytest.raises(RunError, match=r"ended without a result: .*TypeError"):
+    with pytest.raises(RunError, match=r"unexpected TypeError in process \d: .*checkpoints"):
         launch(TWO, json.dumps, checkpoints=tmp_path / "bug")
 
 
@@ -159,12 +159,32 @@ def test_the_manifest_says_how_many_and_which_file(tmp_path):
     assert first != ProcessSettings(accelerate_config=str(file)).identity and first["processes"]["num_processes"] == 1
 
 
-def test_a_configuration_that_is_not_there_is_found_before_anything_is_computed(monkeypatch):
-    for name, said in (("fsdp3", "no file 'fsdp3'"), ("zero3", "deepspeed is not installed")):
-        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+def test_a_configuration_that_cannot_serve_is_found_before_anything_is_computed(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("irlign.launch.has_cuda", lambda: False)
+    for name, said in (("fsdp3", "no file 'fsdp3'"), ("zero3", "deepspeed is not installed"), ("fsdp2", "torch finds none here")):
         with pytest.raises(ConfigError, match=said):
             ProcessSettings(num_processes=2, accelerate_config=name).check()
+    monkeypatch.setattr("irlign.launch.has_cuda", lambda: True)
     ProcessSettings(num_processes=8, accelerate_config="fsdp2").check()
+    (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\n")
+    assert not ProcessSettings(accelerate_config=str(tmp_path / "own.yaml")).sharded
+
+
+def test_what_needs_the_whole_model_is_refused_where_it_is_split(monkeypatch):
+    from irlign.preflight import preflight
+    from irlign.recipe import as_recipe
+
+    monkeypatch.setattr("irlign.launch.has_cuda", lambda: True)
+    split = {"world": "dialogue", "processes": {"num_processes": 2, "accelerate_config": "fsdp2"}}
+    for changes, where in (
+        ({"reward": {"use_peft": True}}, "reward.use_peft"),
+        ({"sft": {"keep_checkpoints": [0.5]}}, "sft.keep_checkpoints"),
+    ):
+        with pytest.raises(ConfigError, match="split over processes") as error:
+            preflight(as_recipe({**split, **changes}))
+        assert error.value.where == where
+    preflight(as_recipe(split))
 
 
 def test_the_command_line_reaches_every_stage():

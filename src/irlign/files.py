@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from irlign.errors import IrlignError, RunError
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG)
+GROUP = 8192  # rows of a table that are read at once
 PARTIAL = ".irlign-partial"  # ends the name of a file that is still being written
 
 
@@ -91,17 +92,17 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     columns = {name: [_cell(row[name]) for row in rows] for name in (rows[0] if rows else ())}
     with replacing(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(pa.table(columns), temporary, row_group_size=GROUP)
 
 
 def _cell(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-def read_table(path: Path, *columns: str) -> list[dict[str, Any]]:
+def read_table(path: Path, *columns: str, split: str | None = None) -> list[dict[str, Any]]:
     """The rows of a Parquet file, or of all numbered parts in a folder, in order; only the named columns where some are (those that the
-    file has). Raises RunError where one is damaged."""
-    return [row for rows in table_parts(path, *columns) for row in rows]
+    file has), and only the rows of one split where it is named. Raises RunError where one is damaged."""
+    return [row for rows in table_parts(path, *columns) for row in rows if split is None or row["split"] == split]
 
 
 def table_parts(path: Path, *columns: str) -> Iterator[list[dict[str, Any]]]:

@@ -9,9 +9,10 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import Field
@@ -19,6 +20,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.errors import ConfigError, IrlignError, RunError
 from irlign.files import hash_path, remove, replacing
+from irlign.machine import has_cuda
 from irlign.progress import hush, say
 
 CALL, ANSWER, ERROR, LOG, CONFIG = "call.pickle", "answer.pickle", "error-{}.pickle", "launch.log", "accelerate.yaml"
@@ -67,15 +69,27 @@ class ProcessSettings(Settings):
         own = self.accelerate_config not in PRESETS
         return {"processes": {**self.model_dump(), **({"sha256": hash_path(Path(str(self.accelerate_config)))} if own else {})}}
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the model only, as the preset or the file says."""
+        if self.accelerate_config in PRESETS:
+            return self.accelerate_config is not None
+        found = yaml.safe_load(Path(str(self.accelerate_config)).read_text(encoding="utf-8"))
+        return isinstance(found, dict) and found.get("distributed_type") in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
     def check(self) -> None:
-        """Raises ConfigError for a configuration file that is not there, or zero3 without deepspeed."""
+        """Raises ConfigError for a configuration file that is not there, zero3 without deepspeed, and sharding without a GPU, where accelerate
+        would quietly give each process all of the model."""
         from importlib.util import find_spec
 
+        where = "processes.accelerate_config"
         if self.accelerate_config not in PRESETS and not Path(str(self.accelerate_config)).is_file():
             what = f"there is no preset and no file {self.accelerate_config!r}"
-            raise ConfigError(what, where="processes.accelerate_config", do="use fsdp2 or zero3, or what `accelerate config` writes")
+            raise ConfigError(what, where=where, do="use fsdp2 or zero3, or what `accelerate config` writes")
         if self.accelerate_config == "zero3" and find_spec("deepspeed") is None:
-            raise ConfigError("deepspeed is not installed", where="processes.accelerate_config", do="pip install deepspeed, or use fsdp2")
+            raise ConfigError("deepspeed is not installed", where=where, do="pip install deepspeed, or use fsdp2")
+        if self.sharded and not has_cuda():
+            raise ConfigError("a model is split over GPUs, and torch finds none here", where=where, do="leave it out: num_processes alone")
 
 
 def launch(
@@ -94,10 +108,8 @@ def launch(
     errors = [pickle.loads(path.read_bytes()) for path in sorted(place.glob(ERROR.format("*")))]
     if errors:
         raise errors[0]
-    if code or not (place / ANSWER).exists():
-        lines = (place / LOG).read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if "Error" in line), f"exit code {code}")
-        raise RunError(f"training in {processes.num_processes} processes ended without a result: {last}", where=place / LOG)
+    if not (place / ANSWER).exists():
+        raise RunError(f"training in {processes.num_processes} processes ended without a result, exit code {code}", where=place / LOG)
     return pickle.loads((place / ANSWER).read_bytes())
 
 
@@ -152,10 +164,24 @@ def main() -> None:
     function, args, options = pickle.loads((place / CALL).read_bytes())
     try:
         answer = function(*args, **options)
+    except SystemExit:  # its share is done
+        _leave()
     except IrlignError as error:
         _write(place / ERROR.format(rank), error)
         sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exception(error, file=sys.__stderr__)
+        line = (str(error).strip() or "no message").splitlines()[0]
+        _write(place / ERROR.format(rank), RunError(f"unexpected {type(error).__name__} in process {rank}: {line}", where=place / LOG))
+        sys.exit(1)
     _write(place / ANSWER, answer)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End at once and well: threads of the process group may abort an interpreter that is being taken down, and the launcher then ends the others."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -168,6 +168,7 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
             output = trainer.train(resume_from_checkpoint=last)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model(str(checkpoints / "whole"))  # every process has a part of it
+    trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         raise SystemExit(0)  # its share is done; what follows is done, and written, once
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

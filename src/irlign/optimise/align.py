@@ -47,7 +47,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
 
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
-    rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
+    rows = read_table(work.run.path("best_of_n/candidates.parquet"), split="dev")
     rewarded = "{reward}" in METHODS[work.settings.method].source
     shown, about = stored_demonstrations(work.run, "dev"), {"method": work.settings.method, "reward": work.reward if rewarded else None}
     if not rows or rows[0]["judge"] is None:
