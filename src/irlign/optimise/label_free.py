@@ -195,7 +195,11 @@ def judge_pool(
     """
     if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
         return Verdicts(None, None, None)
-    about = {"chat_template": chat_template, "policy_loader": cache(load_policy), "encoder_loader": cache(load_encoder)}  # loaded once
+    about: dict[str, Any] = {
+        "chat_template": chat_template,
+        "policy_loader": cache(load_policy),
+        "encoder_loader": cache(load_encoder),
+    }  # loaded once
     _, shown, *worse = sides_of(policy, [], initial, demonstrations, **about)
     better, style = Judge(shown, worse), Judge(worse[1], worse[:1])
     told = float(np.mean([auc(better(shown), better(side)) for side in worse]))
@@ -203,7 +207,7 @@ def judge_pool(
     for of in blocks(len(pool)):  # features of all answers together would not fit
         drawn, *_ = sides_of(policy, pool[of], [], [], **about)
         verdicts_2_B[:, of] = better(drawn), style(drawn)
-    return Verdicts(*verdicts_2_B, told)
+    return Verdicts(verdicts_2_B[0], verdicts_2_B[1], told)
 
 
 def sides_of(
