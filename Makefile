@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` an environment for vLLM too.
+# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` and `make test-cluster` what vLLM and Ray need too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,9 @@ VLLM := .venv-vllm
 DOCS := .venv-docs
 FUZZ := .venv-fuzz
 
-.PHONY: quickstart test test-slow test-vllm fuzz crash-test soak lint docs setup
+RAY := .venv-ray
+
+.PHONY: quickstart test test-slow test-vllm test-cluster fuzz crash-test soak lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -56,6 +58,14 @@ $(VLLM)/.installed: constraints-vllm.txt
 
 test-vllm: setup $(VLLM)/.installed
 	IRLIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
+
+# Ray (260 MB) beside the packages of .venv; the tests start two nodes on this machine.
+$(RAY)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --target $(RAY) 'ray>=2.50,<3'
+	touch $@
+
+test-cluster: setup $(RAY)/.installed
+	PYTHONPATH=$(CURDIR)/$(RAY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 # The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
 $(DOCS)/.installed: constraints-docs.txt

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from irlign.errors import IrlignError, RunError
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG)
+GROUP = 8192  # rows of a table that are read at once
 PARTIAL = ".irlign-partial"  # ends the name of a file that is still being written
 
 
@@ -91,28 +92,35 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     columns = {name: [_cell(row[name]) for row in rows] for name in (rows[0] if rows else ())}
     with replacing(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(pa.table(columns), temporary, row_group_size=GROUP)
 
 
 def _cell(value: Any) -> Any:
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, or of all numbered parts in a folder, in order. Raises RunError where one is damaged."""
+def read_table(path: Path, *columns: str, split: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a Parquet file, or of all numbered parts in a folder, in order; only the named columns where some are (those that the
+    file has), and only the rows of one split where it is named. Raises RunError where one is damaged."""
+    return [row for rows in table_parts(path, *columns) for row in rows if split is None or row["split"] == split]
+
+
+def table_parts(path: Path, *columns: str) -> Iterator[list[dict[str, Any]]]:
+    """The same part by part: one numbered part of a folder, or one row group of a file, is in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = []
     for part in sorted(path.glob("part-*.parquet")) if path.is_dir() else [path]:
         try:
-            rows += pq.read_table(part).to_pylist()
+            with pq.ParquetFile(part) as file:
+                wanted = [name for name in columns if name in file.schema_arrow.names] if columns else None
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group, columns=wanted).to_pylist()
         except FileNotFoundError:
             raise RunError("the file is missing", where=part) from None
         except (OSError, pa.ArrowException) as error:
             line = str(error).splitlines()[0]
             raise RunError(f"the file is damaged: {line}", where=part, do="delete it: the stage that wrote it then runs again") from error
-    return rows
 
 
 def plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError
 from irlign.files import read_json, read_table, write_json, write_table
 from irlign.inputs import read_splits, sources, stand_ins
+from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
 from irlign.optimise.methods import stage_of
 from irlign.preflight import check_method, preflight
@@ -90,7 +91,9 @@ def sft(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.sft import publish_card, train_sft
 
-        log = train_sft(
+        log = launch(
+            recipe.processes,
+            train_sft,
             run.path("policies/init"),
             stored_demonstrations(run, "train"),
             stored_demonstrations(run, "dev"),
@@ -109,7 +112,7 @@ def sft(recipe: Recipe, run: Run) -> None:
     run.do(
         "sft",
         build,
-        settings={"sft": recipe.sft, "chat_template": recipe.data.chat_template},
+        settings={"sft": recipe.sft, "chat_template": recipe.data.chat_template, **recipe.processes.identity},
         inputs=_inside("policies/init", "data/train.parquet", "data/dev.parquet"),
         outputs=["policies/sft", *(f"policies/{name}" for name in recipe.sft.kept)],
     )
@@ -195,6 +198,7 @@ def reward(recipe: Recipe, run: Run) -> None:
             report_to=recipe.report_to,
             features=_known_features(run, backbone, template) if settings.kind == "features" else None,
             encoder=f"../../policies/{settings.backbone}" if own_policy else None,
+            processes=recipe.processes,
         )
         about = {"ending": settings.ending, "controls": controls, "left_out": left_out, "inputs": hashes}
         publish_reward(target, {**log, **about}, __version__)
@@ -203,6 +207,7 @@ def reward(recipe: Recipe, run: Run) -> None:
         return {"controls": controls, "left_out": left_out, "pairs": log["pairs"], "dev": log["dev"]}
 
     stated = {"reward": settings, "chat_template": template, "preference_dataset_name": preferences, **reading}
+    stated |= {} if settings.kind == "features" else recipe.processes.identity
     run.do("reward", build, settings=stated, inputs=inputs, outputs=[f"rewards/{name}" for name in names])
 
 
@@ -219,9 +224,9 @@ def bon(recipe: Recipe, run: Run) -> None:
         from irlign.optimise.adaptive import stop_early
         from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
+        from irlign.optimise.scoring import scores_of
         from irlign.reward.controls import length
         from irlign.reward.features import WORDS
-        from irlign.reward.load import score_all
         from irlign.reward.publish import held_to_likelihood, publish_held
 
         pool, initial, answers = (
@@ -230,7 +235,8 @@ def bon(recipe: Recipe, run: Run) -> None:
             stored_demonstrations(run, "dev"),
         )
         prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
-        scores = score_all({name: run.path("rewards", name) for name in _rewards(recipe)}, prompts, texts)
+        rewards = {name: run.path("rewards", name) for name in _rewards(recipe)}
+        scores = scores_of(rewards, prompts, texts, recipe.sampling, folder / "scores")
         if weight:
             dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
@@ -284,7 +290,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         run.do(stage, lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
         return
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
-    here = recipe.sampling.model_copy(update={"engine": "transformers"})  # no other engine knows the weights of a candidate
+    here = recipe.sampling.by_weights  # an endpoint does not know the weights of a candidate
     again = settings.refresh != "none"  # the reward is trained anew, as it was trained before
     learning = {"learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood} if again else {}
     backbone = {"backbone": recipe.reward.backbone} if again and recipe.reward.backbone not in ("sft", "init") else {}
@@ -293,8 +299,8 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         from irlign.optimise.align import align
         from irlign.optimise.methods import Work
 
-        work = Work(run, settings, here, selector, template, folder, recipe.report_to, name, recipe.reward, recipe.best_of_n.likelihood)
-        choice = align(work, __version__)
+        own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood
+        choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, *own), __version__)
         say(f"{stage}: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
@@ -308,6 +314,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
             "judge": JUDGE,
             "chat_template": template,
             **learning,
+            **recipe.processes.identity,
         },
         inputs=_inside(
             *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),

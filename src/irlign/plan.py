@@ -45,13 +45,15 @@ def stages(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: S
     """Every stage that computes, in order. `backbone` is what the reward starts from or reads."""
     found = [_sample(recipe, sizes, shape, speed), _reward(recipe, sizes, backbone, speed), _bon(recipe, sizes, shape, backbone, speed)]
     found += [*_optimise(recipe, sizes, shape, backbone, speed), _eval(recipe, sizes, shape, backbone, speed)]
-    stored = shape.parameters * shape.size
+    stored, several = shape.parameters * shape.size, recipe.processes.num_processes
     if recipe.sft_model_name_or_path:
         sft = Stage("sft", memory=PROCESS, disk=stored)
     else:
         dev = 2 * sizes.rows["dev"] * (sizes.prompt + sizes.answer)
         read = shape.read(2 * sizes.rows["dev"], sizes.prompt + sizes.answer)
-        sft = _trained("sft", recipe.sft, sizes.rows["train"], sizes.prompt + sizes.answer, sizes.longest, shape, speed, dev, read)
+        sft = _trained(
+            "sft", recipe.sft, sizes.rows["train"], sizes.prompt + sizes.answer, sizes.longest, shape, speed, dev, read, processes=several
+        )
         sft = replace(sft, disk=stored * (1 + len(recipe.sft.kept)))
     if recipe.world is None:
         return [Stage("init", memory=PROCESS, disk=stored), sft, *found]
@@ -61,11 +63,11 @@ def stages(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: S
 
 def _trained(
     name: str, settings: TrainerSettings, rows: float, length: float, longest: int, shape: Shape, speed: Speed,
-    read: float = 0.0, read_flops: float = 0.0, texts: int = 1, head: bool = True,
+    read: float = 0.0, read_flops: float = 0.0, texts: int = 1, head: bool = True, processes: int = 1,
 ) -> Stage:  # fmt: skip
-    """Training on rows of so many texts each; `read` tokens are scored besides."""
+    """Training on rows of so many texts each; `read` tokens are scored besides. Seconds are those of one device, memory that of one process."""
     batch = settings.per_device_train_batch_size
-    whole = batch * settings.gradient_accumulation_steps
+    whole = batch * settings.gradient_accumulation_steps * processes
     seen = steps(rows, whole, settings.num_train_epochs, settings.max_steps) * whole * texts
     flops = shape.trained(seen, length, head, settings.use_peft)
     seconds = flops / (speed.half * TRAINING) + read_flops / (speed.full * SCORING)
@@ -85,7 +87,7 @@ def _sample(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed) -> Stage:
     pools += [(p["train"] + p["dev"], train + p["dev"] * s.initial_generations)] * len(recipe.sft.kept)
     tokens = sum(answers for _, answers in pools) * answer
     stored = POOL_TOKEN * tokens
-    if s.engine != "transformers":
+    if s.here.engine != "transformers":
         billed = sum(answers for _, answers in pools) * sizes.prompt  # one request an answer
         return Stage("sample", tokens, 0.0, billed, 0.0, None, PROCESS, stored)
     flops = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
@@ -130,7 +132,9 @@ def _learned(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed, train:
     texts = 2 * dev * several
     read = backbone.read(texts, length, head=False)
     share = train * member_share(several)
-    stage = _trained("reward", r, share, length, sizes.longest, backbone, speed, texts * length, read, 2, False)
+    stage = _trained(
+        "reward", r, share, length, sizes.longest, backbone, speed, texts * length, read, 2, False, recipe.processes.num_processes
+    )
     return replace(stage, disk=_networks(recipe) * (backbone.parameters - backbone.head) * 4)
 
 
@@ -195,8 +199,8 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     length, own = sizes.prompt + answer, p["train"] * each
     pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
     pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
-    rows = _rows_of_rounds(recipe, sizes, own)
-    trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED))
+    rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.num_processes
+    trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
     other = _discriminator(recipe, sizes, shape, speed, own + new) if o.method == "gad" else Stage("discriminator")
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from irlign.endpoint import check_client
+from irlign.errors import ConfigError
 from irlign.evaluate.golden import is_function, load_golden
 from irlign.evaluate.judge import SECTION
 from irlign.optimise.methods import own_config
@@ -29,6 +30,7 @@ def preflight(recipe: Recipe) -> None:
         judge.address(section=SECTION)
     if spec := recipe.evaluation.golden_reward:
         _golden(spec)
+    _together(recipe)
     for settings in _trained(recipe):
         _accepted(recipe, settings)
     check_method(recipe)
@@ -45,6 +47,20 @@ def check_method(recipe: Recipe) -> None:
 def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:
     if config or settings.trainer or recipe.report_to != "none" or settings.lr_scheduler_type != type(settings)().lr_scheduler_type:
         training_arguments(settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to, config=config)
+
+
+def _together(recipe: Recipe) -> None:
+    """Several processes: their configuration, and what needs the whole model while it is trained."""
+    recipe.processes.check()
+    if not recipe.processes.sharded:
+        return
+    for name, settings in (("sft", recipe.sft), ("reward", recipe.reward), ("optimise", recipe.optimise)):
+        if settings.use_peft:
+            what = "an adapter is not merged into a model that is split over processes"
+            raise ConfigError(what, where=f"{name}.use_peft", do="leave out processes.accelerate_config, or use_peft")
+    if recipe.sft.keep_checkpoints:
+        what = "earlier checkpoints are not kept of a model that is split over processes"
+        raise ConfigError(what, where="sft.keep_checkpoints", do="leave out processes.accelerate_config, or this")
 
 
 def _golden(spec: str) -> None:

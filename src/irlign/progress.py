@@ -19,6 +19,7 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 PLAIN_SECONDS = 5.0  # between two plain lines
 WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it

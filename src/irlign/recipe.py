@@ -10,6 +10,7 @@ from irlign.config import Settings, load_recipe, parse_seeds
 from irlign.data.demonstrations import DataSettings
 from irlign.errors import RunError
 from irlign.evaluate.metrics import EvaluationSettings
+from irlign.launch import ProcessSettings
 from irlign.optimise.best_of_n import BestOfNSettings
 from irlign.optimise.methods import OptimiseSettings
 from irlign.policy.pretrain import PretrainSettings
@@ -43,6 +44,7 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, description="the one seed of the run")
     seeds: list[int] | None = Field(None, description="several runs, 0..4 or 0,3,5: OUT/seed-K and one table over them")
     report_to: str = Field("none", description="trackers for training: none, tensorboard, wandb, ...")
+    processes: ProcessSettings = Field(default_factory=ProcessSettings, description="training in several processes, through accelerate")
     pretrain: PretrainSettings = Field(default_factory=PretrainSettings, description="how a world's pi_0 is made")
     data: DataSettings = Field(default_factory=DataSettings, description="reading, splitting and formatting the text")
     sft: SFTSettings = Field(default_factory=SFTSettings, description="supervised fine-tuning")

@@ -27,7 +27,7 @@ def write_report(root: Path, target: Path) -> None:
     run = Run.read(root)
     results = read_json(run.path("evaluation/results.json"))
     rows = read_table(run.path("evaluation/prompts.parquet"))
-    candidates = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "test"]
+    candidates = read_table(run.path("best_of_n/candidates.parquet"), split="test")
     golden, heldout, info = results["golden"], results["heldout"], results["run"]
     last, choice = results["curve"]["n"][-1], results["choice"]
     chosen, tuned, base = choice["n"], _tuned(results), results.get("base", "sft")

@@ -152,12 +152,15 @@ def merged(model: Any, settings: TrainerSettings) -> Any:
 def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
     """Train with a progress line; take up the last checkpoint of an interrupted attempt; stop on a loss that is not finite.
 
-    Returns steps, tokens trained on (padding left out, every pass counts), final logged loss and the list of logged losses. Raises ModelError on NaN or infinity, or when
-    memory runs out.
+    Returns steps, tokens trained on (padding left out, every pass counts), final logged loss and the list of logged losses, and the number of
+    `processes` where they are several (launch.py): all but the first end here. Raises ModelError on NaN or infinity, or when memory runs out.
     """
     from transformers.trainer_callback import PrinterCallback
 
-    last = _last_checkpoint(checkpoints)
+    kind, several = type(trainer.model), trainer.args.world_size
+    with trainer.args.main_process_first(local=False):
+        last = _last_checkpoint(checkpoints)
+    _order_as_one(trainer)
     trainer.remove_callback(PrinterCallback)
     with Progress(stage, None, "steps") as bar:
         trainer.add_callback(_watch(bar, stage))
@@ -169,12 +172,20 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
             output, failed = None, str(error)
     if output is None:  # outside of the block, whose error holds what has filled the memory
         raise _too_large(trainer, stage, failed)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model(str(checkpoints / "whole"))  # every process has a part of it
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        raise SystemExit(0)  # its share is done; what follows is done, and written, once
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.model = kind.from_pretrained(checkpoints / "whole").float()  # type: ignore[union-attr]
     model: Any = trainer.model
     if not all(bool(p.isfinite().all()) for p in model.parameters()):  # the last update is in no loss
         raise _diverged("a weight is no longer finite", trainer.args, trainer.state, stage)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     counts = {"steps": trainer.state.global_step, "tokens": trainer.state.num_input_tokens_seen}
-    return {**counts, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+    log = {**counts, "loss": losses[-1] if losses else output.training_loss, "losses": losses}
+    return {**log, "processes": several} if several > 1 else log
 
 
 def _too_large(trainer: "Trainer", stage: str, failed: str) -> ModelError:
@@ -207,6 +218,18 @@ def _fits(trainer: "Trainer", size: int) -> bool:
     except (RuntimeError, MemoryError, ValueError):
         return False
     return True
+
+
+def _order_as_one(trainer: "Trainer") -> None:
+    """The rows of a step are those of one process with as many rows a step: the Trainer groups rows of like length over the batches of one
+    process, and here over those of all. Where the rows do not fill an epoch's last step, accelerate fills it with first ones again."""
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    args, rows = trainer.args, trainer.train_dataset
+    if args.world_size > 1 and args.train_sampling_strategy == "group_by_length":
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order: Any = LengthGroupedSampler(size, dataset=rows)  # type: ignore[arg-type]
+        trainer._get_train_sampler = lambda train_dataset=None: order  # type: ignore[method-assign]
 
 
 def logged(trainer: "Trainer", names: Sequence[str]) -> dict[str, list[float]]:

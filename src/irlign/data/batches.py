@@ -1,9 +1,18 @@
 """Rows in batches of similar length, and smaller ones where memory runs out."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from irlign.errors import ModelError, out_of_memory
+
+BLOCK = 4096  # answers that are tokenized, sorted by length and scored together
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """So many answers as ranges of at most BLOCK: each is tokenized and sorted by length alone, so that memory does not grow with their
+    number, and a block scored elsewhere gives the same numbers."""
+    for first in range(0, count, BLOCK):
+        yield slice(first, min(first + BLOCK, count))
 
 
 def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

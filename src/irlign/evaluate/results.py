@@ -184,4 +184,4 @@ def shown(content: PromptContent) -> str:
 
 
 def _test_rows(run: Run, path: str) -> list[dict[str, Any]]:
-    return [row for row in read_table(run.path(path)) if row["split"] == "test"]
+    return read_table(run.path(path), split="test")

@@ -14,6 +14,7 @@ import numpy as np
 from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
+from irlign.launch import launch
 from irlign.optimise.label_free import FEWEST, judge_pool
 from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config, rewarded
 from irlign.optimise.rounds import keep_rewards, refresh
@@ -21,7 +22,7 @@ from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
-from irlign.sampling.pools import pool_statistics, publish_card, read_pool, stored_samples
+from irlign.sampling.pools import publish_card, stored_samples, stored_statistics
 
 CARD = """---
 library_name: transformers
@@ -49,7 +50,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
 
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
-    rows = [row for row in read_table(work.run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
+    rows = read_table(work.run.path("best_of_n/candidates.parquet"), split="dev")
     shown, reward = stored_demonstrations(work.run, "dev"), work.reward if rewarded(work.settings.method) else None
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
@@ -95,7 +96,7 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
     options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
     options |= method.options(work, number)
-    log = method.train(work.start(number, method.start), rows, shown, work.settings, **options)
+    log = launch(work.processes, method.train, work.start(number, method.start), rows, shown, work.settings, **options)
     write_json(place / "log.json", {**log, **new})
     return True
 
@@ -147,7 +148,7 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
     (policy / "README.md").write_text(card, encoding="utf-8")
     if place:
-        publish_card(pool, work.name, pool_statistics(read_pool(pool)), work.sampling)
+        publish_card(pool, work.name, stored_statistics(pool), work.sampling)
     if work.settings.refresh != "none":
         keep_rewards(work, [n for n in range(2, work.settings.rounds + 1) if f"round-{n}" in choice["candidates"]])
     write_json(work.folder / work.stage / "choice.json", choice)

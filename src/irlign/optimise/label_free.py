@@ -12,6 +12,7 @@ ever gives; n = 1, plain SFT, where none is shown (docs/studies/stopping.md).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -19,11 +20,13 @@ from zlib import crc32
 import numpy as np
 from scipy.stats import norm
 
+from irlign.data.batches import blocks
 from irlign.errors import ConfigError
 from irlign.optimise.best_of_n import scored_text
+from irlign.policy.load import load_policy
 from irlign.records import SCORE, Demonstration, Prompt, Sample, mean_logprobs
 from irlign.reward.contrasts import ended
-from irlign.reward.features import LogisticHead, features_of
+from irlign.reward.features import LogisticHead, features_of, load_encoder
 from irlign.statistics import auc, best_of_n, powers_of_two
 
 FOLDS, RIDGE, ALPHA = 5, 1e-4, 0.05
@@ -60,19 +63,36 @@ class Answers:
         return self.features[keep]
 
 
-def judge(answers: Answers, demonstrations: Answers, worse: Sequence[Answers]) -> np.ndarray:
-    """The judge's logit of each of `answers`, higher is more like a demonstration. Shape [len(answers.prompt_ids)].
+class Judge:
+    """Tells demonstrations from worse answers; heads are fitted when they are first needed. The worse sides weigh alike, and together as much
+    as the better."""
 
-    Answers to a prompt with a demonstration are judged by a head that was fitted on the other folds of prompts, all others
-    by a head fitted on all of them. The worse sides weigh alike, and together as much as the better.
-    """
-    fold = _folds(demonstrations.prompt_ids)
-    scores = np.zeros(len(answers.prompt_ids))
-    rows = np.array([fold.get(prompt_id, FOLDS) for prompt_id in answers.prompt_ids])
-    for k in np.unique(rows):
-        known = {prompt_id for prompt_id, place in fold.items() if place != k}
-        scores[rows == k] = _fit(demonstrations.of(known), [side.of(known) for side in worse])(answers.features[rows == k])
-    return scores
+    def __init__(self, demonstrations: Answers, worse: Sequence[Answers]):
+        self.demonstrations, self.worse, self.fold = demonstrations, worse, _folds(demonstrations.prompt_ids)
+        self.heads: dict[int, LogisticHead] = {}
+
+    def __call__(self, answers: Answers) -> np.ndarray:
+        """The logit of each answer, higher is more like a demonstration. Shape [len(answers.prompt_ids)].
+
+        Answers to a prompt with a demonstration are judged by a head that was fitted on the other folds of prompts, all others
+        by a head fitted on all of them.
+        """
+        scores = np.zeros(len(answers.prompt_ids))
+        rows = np.array([self.fold.get(prompt_id, FOLDS) for prompt_id in answers.prompt_ids])
+        for k in np.unique(rows):
+            scores[rows == k] = self._head(int(k))(answers.features[rows == k])
+        return scores
+
+    def _head(self, k: int) -> LogisticHead:
+        if k not in self.heads:
+            known = {prompt_id for prompt_id, place in self.fold.items() if place != k}
+            self.heads[k] = _fit(self.demonstrations.of(known), [side.of(known) for side in self.worse])
+        return self.heads[k]
+
+
+def judge(answers: Answers, demonstrations: Answers, worse: Sequence[Answers]) -> np.ndarray:
+    """The logits of a judge that is needed once. Shape [len(answers.prompt_ids)]."""
+    return Judge(demonstrations, worse)(answers)
 
 
 def _folds(prompt_ids: Sequence[str]) -> dict[str, int]:
@@ -175,16 +195,32 @@ def judge_pool(
     """
     if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
         return Verdicts(None, None, None)
-    drawn, shown, *worse = sides_of(policy, pool, initial, demonstrations, chat_template=chat_template)
-    better = judge(shown, shown, worse)
-    told = float(np.mean([auc(better, judge(side, shown, worse)) for side in worse]))
-    return Verdicts(judge(drawn, shown, worse), judge(drawn, worse[1], worse[:1]), told)
+    about: dict[str, Any] = {
+        "chat_template": chat_template,
+        "policy_loader": cache(load_policy),
+        "encoder_loader": cache(load_encoder),
+    }  # loaded once
+    _, shown, *worse = sides_of(policy, [], initial, demonstrations, **about)
+    better, style = Judge(shown, worse), Judge(worse[1], worse[:1])
+    told = float(np.mean([auc(better(shown), better(side)) for side in worse]))
+    verdicts_2_B = np.zeros((2, len(pool)))
+    for of in blocks(len(pool)):  # features of all answers together would not fit
+        drawn, *_ = sides_of(policy, pool[of], [], [], **about)
+        verdicts_2_B[:, of] = better(drawn), style(drawn)
+    return Verdicts(verdicts_2_B[0], verdicts_2_B[1], told)
 
 
 def sides_of(
-    policy: Path, pool: Sequence[Sample], initial: Sequence[Sample], demonstrations: Sequence[Demonstration], *, chat_template: str
+    policy: Path,
+    pool: Sequence[Sample],
+    initial: Sequence[Sample],
+    demonstrations: Sequence[Demonstration],
+    *,
+    chat_template: str,
+    **loaders: Any,
 ) -> list[Answers]:
-    """By frozen features of `policy`: the pool, the demonstrations, pi_0's samples, and demonstrations of other prompts."""
+    """By frozen features of `policy`: the pool, the demonstrations, pi_0's samples, and demonstrations of other prompts. `loaders` as
+    `features_of` takes them."""
     groups: list[list[tuple[Prompt, str]]] = [
         [(s.prompt, scored_text(s)) for s in pool],
         [(d.prompt, ended(d.completion, True)) for d in demonstrations],
@@ -192,7 +228,9 @@ def sides_of(
         exchanged(demonstrations),
     ]
     rows = [row for group in groups for row in group]
-    features = features_of(policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge")
+    features = features_of(
+        policy, [p.content for p, _ in rows], [text for _, text in rows], chat_template=chat_template, name="judge", **loaders
+    )
     ends = np.cumsum([len(group) for group in groups])[:-1]
     return [Answers([p.prompt_id for p, _ in g], x) for g, x in zip(groups, np.split(features, ends), strict=True)]
 

@@ -1,7 +1,7 @@
 """The policy methods: how each trains, from which policy, and on what rows of a run."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from irlign.data.splits import stored_demonstrations
+from irlign.launch import ProcessSettings
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.ditto import ranked_by_policy
@@ -28,11 +29,12 @@ from irlign.optimise.preference import (
 )
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_policy
 from irlign.optimise.rlsr import DemonstrationCosine
+from irlign.optimise.scoring import scores_of
 from irlign.optimise.weighted_sft import train_weighted_sft
 from irlign.records import Contrast, Demonstration, Sample
 from irlign.reward.contrasts import RefreshName
 from irlign.reward.controls import by_prompt
-from irlign.reward.load import load_resident, score_all
+from irlign.reward.load import load_resident
 from irlign.reward.train import RewardSettings
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings
@@ -112,6 +114,7 @@ class Work:
     chat_template: str
     folder: Path
     report_to: str = "none"
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
     name: str = "aligned"
     learning: RewardSettings | None = None
     likelihood: float = 0.0
@@ -170,7 +173,7 @@ def own_answers(work: Work, number: int) -> list[Sample]:
 def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
     """Their scores under the reward of this round. Shape [len(samples)]."""
     prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    return score_all({"reward": work.scorer(number)}, prompts, texts)["reward"]
+    return scores_of({"reward": work.scorer(number)}, prompts, texts, work.sampling, work.round(number) / "scores")["reward"]
 
 
 def won_answers(work: Work, number: int) -> list[Sample]:

@@ -67,7 +67,7 @@ def train_weighted_sft(
 
     stored, bf16 = policy.model.dtype, precision(policy.model, settings)
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
-    rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     constant = step_constant([len(r.completion_ids) for r in rows], rows_a_step)
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),

@@ -106,7 +106,7 @@ def publish_card(
         data=data,
         how=f", as a LoRA adapter of rank {settings.lora_r}, merged" if settings.use_peft else "",
         steps=log["steps"],
-        batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+        batch=settings.per_device_train_batch_size * settings.gradient_accumulation_steps * log.get("processes", 1),
         rate=settings.learning_rate,
         loss="not measured" if after is None else f"{before:.3f} nats a token before, {after:.3f} after",
         template=template_in_words(chat_template),
@@ -120,7 +120,7 @@ def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
+            if state.is_world_process_zero and state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
                 building = target.with_name(f".{target.name}")
                 save_policy(as_policy(copy.deepcopy(model)), building)
                 os.replace(building, target)

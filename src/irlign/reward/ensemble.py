@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from irlign.files import read_json, write_json
+from irlign.launch import ProcessSettings, launch
 from irlign.records import Contrast, PromptContent
 from irlign.reward.model import Classifier, RewardModel
 from irlign.reward.train import RewardSettings, accuracy_and_margin, fold_of_pairs, train_reward
@@ -93,13 +94,14 @@ def train_ensemble(
     checkpoints: Path,
     seed: int,
     report_to: str,
+    processes: ProcessSettings = ProcessSettings(),
 ) -> dict[str, Any]:
     """Train `settings.members` rewards and save them in `folder`, as a classifier (one member, or the average of the weights) or
     as members in folders of their own. Returns what reward.json says of it: `kind`, the members' training logs, dev accuracy.
     """
     options: dict[str, Any] = {"chat_template": chat_template, "report_to": report_to}
     if settings.members == 1:
-        log = train_reward(backbone, pairs, dev, settings, folder=folder, checkpoints=checkpoints, seed=seed, **options)
+        log = launch(processes, train_reward, backbone, pairs, dev, settings, folder=folder, checkpoints=checkpoints, seed=seed, **options)
         return {"kind": "classifier", **_about([log], log["pairs"], log["dev"])}
     names = [f"member-{k}" for k in range(settings.members)]
     head_seed = seed if settings.aggregate == "weight-average" else None
@@ -108,7 +110,8 @@ def train_ensemble(
         if not (folder / name / LOG).exists():
             own = fold_of_pairs(pairs, k, settings.members)
             places: dict[str, Any] = {"folder": folder / name, "checkpoints": checkpoints / name, "seed": seed + 1009 * k}
-            write_json(folder / name / LOG, train_reward(backbone, own, dev, settings, head_seed=head_seed, **places, **options))
+            options["head_seed"] = head_seed
+            write_json(folder / name / LOG, launch(processes, train_reward, backbone, own, dev, settings, **places, **options))
         logs.append(read_json(folder / name / LOG))
     count = {"train": len(pairs), "dev": len(dev)}
     about = {"kind": "classifier", "chat_template": chat_template, "name": settings.name}

@@ -11,8 +11,8 @@ from zlib import crc32
 
 import numpy as np
 
-from irlign.data.batches import in_batches
-from irlign.data.chat import Format, check_pairs, context_length, pad
+from irlign.data.batches import blocks, in_batches
+from irlign.data.chat import Encoded, Format, check_pairs, context_length, pad
 from irlign.data.pairs import plain_text
 from irlign.errors import ModelError
 from irlign.files import hash_path, replacing
@@ -39,21 +39,23 @@ def policy_features(
     import torch
 
     loaded = loader(str(policy), name)
-    rows = [row.within(loaded.max_length) for row in Format(loaded.tokenizer, chat_template).encode(prompts, completions)]
+    form = Format(loaded.tokenizer, chat_template)
     body, width = loaded.model.base_model, int(loaded.model.config.get_text_config().hidden_size)
-    found = np.zeros((len(rows), 2 * width), dtype=np.float32)
+    found = np.zeros((len(prompts), 2 * width), dtype=np.float32)
     budget = GPU_TOKENS if loaded.device.type == "cuda" else CPU_TOKENS
-    with torch.inference_mode(), Progress(f"features {name}", len(rows), "answers") as bar:
+    with torch.inference_mode(), Progress(f"features {name}", len(prompts), "answers") as bar:
+        for of in blocks(len(prompts)):
+            rows = [row.within(loaded.max_length) for row in form.encode(prompts[of], completions[of])]
 
-        def read(batch: list[int]) -> None:
-            ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], loaded.pad_id)
-            hidden_B_T_H = body(input_ids=ids_B_T.to(loaded.device), attention_mask=mask_B_T.to(loaded.device)).last_hidden_state.float()
-            for row, i in enumerate(batch):
-                answer_T_H = hidden_B_T_H[row, len(rows[i].prompt_ids) : len(rows[i])]
-                found[i] = torch.cat([answer_T_H.mean(0), answer_T_H[-1]]).cpu().numpy()
-            bar.advance(len(batch))
+            def read(batch: list[int], rows: Sequence[Encoded] = rows, first: int = of.start) -> None:
+                ids_B_T, mask_B_T = (t.to(loaded.device) for t in pad([rows[i].ids for i in batch], loaded.pad_id))
+                hidden_B_T_H = body(input_ids=ids_B_T, attention_mask=mask_B_T).last_hidden_state.float()
+                for row, i in enumerate(batch):
+                    answer_T_H = hidden_B_T_H[row, len(rows[i].prompt_ids) : len(rows[i])]
+                    found[first + i] = torch.cat([answer_T_H.mean(0), answer_T_H[-1]]).cpu().numpy()
+                bar.advance(len(batch))
 
-        in_batches([len(row) for row in rows], budget, read, where=f"features {name}")
+            in_batches([len(row) for row in rows], budget, read, where=f"features {name}")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from irlign.errors import ModelError
+from irlign.launch import ProcessSettings, launch
 from irlign.records import Contrast, PromptContent
 from irlign.reward.ensemble import combine
 from irlign.reward.model import Classifier
@@ -54,7 +55,7 @@ class SharedHeads:
 
     def member_scores(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         """Every head's logit. Shape [K, len(prompts)]."""
-        return self.classifier.logits(self.classifier.format.encode(prompts, completions)).T
+        return self.classifier.logits_of(prompts, completions).T
 
     def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         """Shape [len(prompts)]."""
@@ -91,11 +92,23 @@ def _replace_head(classifier: Classifier, head: dict[str, "torch.Tensor"]) -> No
 
 
 def train_heads(
+    backbone: Path,
+    pairs: Sequence[Contrast],
+    dev: Sequence[Contrast],
+    settings: RewardSettings,
+    *,
+    processes: ProcessSettings = ProcessSettings(),
+    **options: Any,
+) -> dict[str, Any]:
+    """Train `settings.members` heads and their one backbone (`fit_classifier` takes the options) and save them in the folder that the
+    options name. Returns what reward.json says: `kind` (a plain classifier where the aggregate is the mean), `heads`, the training log, dev accuracy.
+    """
+    return launch(processes, _train, backbone, pairs, dev, settings, **options)
+
+
+def _train(
     backbone: Path, pairs: Sequence[Contrast], dev: Sequence[Contrast], settings: RewardSettings, *, folder: Path, **options: Any
 ) -> dict[str, Any]:
-    """Train `settings.members` heads and their one backbone (`fit_classifier` takes the options) and save them in `folder`. Returns
-    what reward.json says: `kind` (a plain classifier where the aggregate is the mean), `heads`, the training log, dev accuracy.
-    """
     classifier, log = fit_classifier(backbone, pairs, settings, heads=settings.members, **options)
     reward = SharedHeads(classifier, settings.aggregate, settings.variance_penalty)
     reward.save(folder)

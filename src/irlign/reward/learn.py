@@ -8,6 +8,7 @@ import numpy as np
 
 from irlign.data.pairs import PAIR
 from irlign.files import read_json, write_json
+from irlign.launch import ProcessSettings
 from irlign.records import Contrast
 from irlign.reward.contrasts import weighted
 from irlign.reward.ensemble import Ensemble, train_ensemble
@@ -34,17 +35,19 @@ def train_reward_of(
     report_to: str = "none",
     features: Features | None = None,
     encoder: str | None = None,
+    processes: ProcessSettings = ProcessSettings(),
 ) -> dict[str, Any]:
     """Train the reward of `settings` on the pairs of its contrasts (`settings.weights` names them) and save it in `folder`.
 
     `backbone` is a policy's folder or an encoder's, which reads prompt and answer as a text pair (data/pairs.py); `features` of it that are known already are not computed
-    again, and `encoder` is its place as reward.json states it (relative to `folder`; by default the whole path). Returns what reward.json
+    again, and `encoder` is its place as reward.json states it (relative to `folder`; by default the whole path). `processes` train each network. Returns what reward.json
     says; `load_reward(folder)` reads it.
     """
     if settings.kind != "features" and is_encoder(backbone):
         chat_template = PAIR
     options: dict[str, Any] = {"folder": folder, "checkpoints": checkpoints, "chat_template": chat_template, "seed": seed}
-    options |= {"report_to": report_to} | ({"features": features, "encoder": encoder} if settings.kind == "features" else {})
+    own = {"features": features, "encoder": encoder} if settings.kind == "features" else {"processes": processes}
+    options |= {"report_to": report_to, **own}
     if settings.ensemble:
         log = train_contrasts(settings, backbone, pairs, dev, **options)
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.batches import blocks
 from irlign.data.chat import Format
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import Policy, load_policy
@@ -53,8 +54,12 @@ class LogRatio:
         with Progress(f"score {self.name}", len(policies) * len(prompts), "answers") as bar:
             for side, folder in policies.items():
                 policy = self.loader(str(folder), side)
-                rows = Format(policy.tokenizer, self.chat_template).encode(prompts, completions)
-                nats.append(sequence_log_probs(policy, rows, bar))
-                tokens.append([len(row.within(policy.max_length).completion_ids) for row in rows])
+                form = Format(policy.tokenizer, self.chat_template)
+                nats.append(np.zeros(len(prompts)))
+                tokens.append(np.zeros(len(prompts), dtype=int))
+                for of in blocks(len(prompts)):
+                    rows = form.encode(prompts[of], completions[of])
+                    nats[-1][of] = sequence_log_probs(policy, rows, bar)
+                    tokens[-1][of] = [len(row.within(policy.max_length).completion_ids) for row in rows]
                 del policy  # before the other is loaded
         return np.array(nats), np.array(tokens)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from irlign.data.batches import in_batches
+from irlign.data.batches import blocks, in_batches
 from irlign.data.chat import Encoded, Format, context_length, pad
 from irlign.data.pairs import PAIR, PairFormat
 from irlign.errors import ModelError
@@ -96,13 +96,16 @@ class Classifier:
 
     def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
         """The logit, length-sorted batches, right padding. Shape [len(prompts)]. Raises ModelError when one is not finite."""
-        return self.score_rows(self.format.encode(prompts, completions))
+        return self.logits_of(prompts, completions)[:, 0]
 
-    def score_rows(self, rows: Sequence[Encoded]) -> np.ndarray:
-        return self.logits(rows)[:, 0]
+    def logits_of(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        """All logits of the head, one for a plain classifier. Shape [len(prompts), K]."""
+        with Progress(f"score {self.name}", len(prompts), "answers") as bar:
+            found = [self.logits(self.format.encode(prompts[of], completions[of]), bar) for of in blocks(len(prompts))]
+        return np.concatenate(found) if found else self.logits([])
 
-    def logits(self, rows: Sequence[Encoded]) -> np.ndarray:
-        """All logits of the head, one for a plain classifier. Shape [rows, K]."""
+    def logits(self, rows: Sequence[Encoded], progress: Progress | None = None) -> np.ndarray:
+        """The same of tokenized answers. Shape [rows, K]."""
         import torch
 
         device = self.model.device
@@ -110,13 +113,14 @@ class Classifier:
         rows = [row.within(limit) for row in rows]
         rewards = np.zeros((len(rows), int(self.model.config.num_labels or 1)))
         budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
-        with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
+        with torch.inference_mode():
 
             def score(batch: list[int]) -> None:
                 ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
                 logits_B_K = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits
                 rewards[batch] = logits_B_K.double().cpu().numpy()
-                bar.advance(len(batch))
+                if progress is not None:
+                    progress.advance(len(batch))
 
             in_batches([len(r) for r in rows], budget, score, where=f"score {self.name}")
         if not np.isfinite(rewards).all():

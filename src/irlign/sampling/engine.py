@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ from irlign.endpoint import EndpointSettings, Url, check_client
 from irlign.errors import ConfigError
 from irlign.records import Prompt, Sample
 
-ENGINES = ("transformers", "openai", "vllm")
+ENGINES = ("transformers", "openai", "vllm", "cluster")
 NO_MATTER = ("max_concurrency", "timeout_s", "max_retries", "price_in", "price_out", "api_key_env")  # they change no answer
 
 
@@ -57,12 +58,26 @@ class VLLMSettings(Settings):
     args: PassOn = Field(default_factory=dict, description="passed on to vLLM's LLM(...): {gpu_memory_utilization: 0.7, ...}")
 
 
+class ClusterSettings(Settings):
+    """engine=cluster: the parts of a pool spread over a Ray cluster, and scoring too."""
+
+    engine: Literal["transformers", "vllm", "openai"] = Field("transformers", description="what draws the samples on each worker")
+    address: str | None = Field(
+        None, description="the cluster's address; null = $RAY_ADDRESS, the cluster that runs here, or one started on this machine"
+    )
+    num_workers: int | None = Field(None, ge=1, description="workers side by side; null = as many as fit on the nodes")
+    num_cpus: float = Field(1.0, gt=0, description="cores, and threads, of each worker")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of each worker; null = one where the cluster has any")
+    max_retries: int = Field(3, ge=0, description="how often a part that is lost with its worker is done again")
+
+
 class SamplingSettings(Settings):
     """How answers are drawn. Every field is passed explicitly, so a model's own generation_config never narrows it."""
 
     engine: str = Field(
         "transformers",
-        description="what draws the samples: transformers (in process, CPU or GPU), vllm (a process of its own) or openai (an endpoint)",
+        description="what draws the samples: transformers (in process, CPU or GPU), vllm (a process of its own), openai (an endpoint) or "
+        "cluster (any of these on the workers of a Ray cluster)",
     )
     num_generations: int = Field(16, ge=1, description="N: samples of pi_SFT for each dev and test prompt (the Best-of-N pool)")
     train_generations: int = Field(4, ge=1, description="samples of each policy for each train prompt, for the reward")
@@ -78,16 +93,35 @@ class SamplingSettings(Settings):
     max_cut_share: float = Field(0.5, ge=0, le=1, description="guard: error when more of pi_SFT's answers are cut at the limit")
     openai: OpenAISettings = Field(default_factory=OpenAISettings, description="engine=openai: where the models are")
     vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="engine=vllm: its Python and its arguments")
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="engine=cluster: which, and what draws there")
+
+    @property
+    def spread(self) -> bool:
+        """Whether parts are drawn and scored on a cluster."""
+        return self.engine == "cluster"
+
+    @property
+    def here(self) -> "SamplingSettings":
+        """The same law on one machine: what each worker of a cluster does, and what a pool says of itself wherever it was drawn."""
+        return self.model_copy(update={"engine": self.cluster.engine}) if self.spread else self
+
+    @property
+    def by_weights(self) -> "SamplingSettings":
+        """The same law by the engine that draws from any folder of weights, on the cluster where there is one."""
+        if not self.spread:
+            return self.model_copy(update={"engine": "transformers"})
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"engine": "transformers"})})
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that the samples depend on: a longer timeout or a known price draws nothing again."""
-        left_out: dict[str, Any] = {"openai": True, "vllm": True}
-        if self.engine == "openai":
+        """The settings that the samples depend on: a longer timeout, a known price or a cluster draws nothing again."""
+        engine = self.here.engine
+        left_out: dict[str, Any] = {"openai": True, "vllm": True, "cluster": True}
+        if engine == "openai":
             left_out |= {"openai": set(NO_MATTER), "dtype": True, "batch_size": True}
-        elif self.engine == "vllm":
+        elif engine == "vllm":
             left_out["vllm"] = {"python"}
-        return self.model_dump(mode="json", exclude=left_out)
+        return self.here.model_dump(mode="json", exclude=left_out)
 
 
 @dataclass(frozen=True)
@@ -142,10 +176,14 @@ class Engine(Protocol):
 
 
 def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> None:
-    """Raises ConfigError on an unknown engine, and where the endpoint's client, its address or the model for a policy is missing, or
-    the Python that has vLLM."""
+    """Raises ConfigError on an unknown engine, and where the endpoint's client, its address or the model for a policy is missing, the
+    Python that has vLLM, or Ray; what the nodes of a cluster have is not looked at, but for what this machine says of it."""
     if settings.engine not in ENGINES:
         raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do=f"use {' or '.join(ENGINES)}")
+    if settings.spread:
+        if find_spec("ray") is None:
+            raise ConfigError("ray is not installed", where="sampling.engine", do="pip install 'irlign[cluster]'")
+        check_engine(settings.here, policies)
     if settings.engine == "openai":
         check_client()
         for policy in policies:
@@ -159,11 +197,12 @@ def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> No
 def load_engine(
     policy: Path, settings: SamplingSettings, chat_template: str, settled: Mapping[str, Any] | None = None, drawn: Path | None = None
 ) -> Engine:
-    """The engine named in the settings, for the policy in a folder (whose name is the policy's); `settled` as an earlier part
-    recorded it. An engine whose answers cost money keeps each in the file `drawn` until its part is stored.
+    """The engine named in the settings, for the policy in a folder (whose name is the policy's), or what a worker of the cluster has in
+    its place; `settled` as an earlier part recorded it. An engine whose answers cost money keeps each in the file `drawn` until its part is stored.
 
     Raises ConfigError on an unknown name.
     """
+    settings = settings.here
     check_engine(settings)
     if settings.engine == "openai":
         from irlign.sampling.openai_engine import served_policy

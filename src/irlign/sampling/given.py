@@ -160,7 +160,10 @@ def give_pools(pools: PoolSettings, settings: DataSettings, prompts: Sequence[Pr
 
 def beside_selection(pool: Path, selected: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of selected.jsonl with the `id` and `model` that the user's file gave the picked answer, where it gave them."""
-    given = {(row["prompt_id"], row["index"]): {key: row[key] for key in KEPT if row[key] is not None} for row in read_table(pool)}
+    given = {
+        (row["prompt_id"], row["index"]): {key: row[key] for key in KEPT if row[key] is not None}
+        for row in read_table(pool, "prompt_id", "index", *KEPT)
+    }
     return [{**row, **given[row["prompt_id"], row["index"]]} for row in selected]
 
 

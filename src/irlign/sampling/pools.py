@@ -1,19 +1,20 @@
-"""Pools of samples: drawn in parts, stored as Parquet, taken up where an interrupted draw stopped."""
+"""Pools of samples: drawn in parts, stored as Parquet, taken up where an interrupted draw stopped; read part by part."""
 
 import gc
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from irlign.errors import GuardError, memory_errors
-from irlign.files import read_table, write_table
+from irlign.errors import GuardError, RunError, memory_errors
+from irlign.files import read_table, table_parts, write_table
 from irlign.machine import versions
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
 from irlign.runs import Run, request_seed
-from irlign.sampling.engine import Request, SamplingSettings, load_engine
+from irlign.sampling.engine import Engine, Request, SamplingSettings, load_engine
 
 CARD = """---
 tags: [alignment-from-demonstrations, synthetic]
@@ -57,45 +58,87 @@ def draw_pool(
     returned before this does. Returns the pool's statistics.
     """
     wanted = sorted(((p, n) for p, n in wanted if n > 0), key=lambda item: (item[0].split, item[0].prompt_id))
-    parts = [wanted[i : i + settings.part_prompts] for i in range(0, len(wanted), settings.part_prompts)]
-    engine = None
+    size = settings.part_prompts
+    paths = {first: folder / f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(wanted), size))}
+    todo = {number: wanted[first : first + size] for number, (first, path) in enumerate(paths.items()) if not path.exists()}
+    places, load = [*paths.values()], partial(_drawer, policy, settings, chat_template, seed, name)
     with Progress(f"sample {name}", sum(n for _, n in wanted), "samples") as bar:
-        for number, part in enumerate(parts):
-            path = folder / f"part-{number:05d}.parquet"
-            if not path.exists():
-                engine = engine or load_engine(policy, settings, chat_template, _settled(folder), folder / DRAWN)
-                requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
-                seeds = [s for r in requests for s in r.seeds]
-                with memory_errors("one answer at a time", where=f"sample {name}", do="lower sampling.max_new_tokens, or free memory"):
-                    drawn = engine.draw(requests)
-                about = {"settled": json.dumps(engine.settled), "halvings": engine.halvings}
-                about |= {"usage": json.dumps(engine.usage)} if engine.usage else {}
-                write_table(path, [{**_row(sample, s, settings), **about} for sample, s in zip(drawn, seeds, strict=True)])
-                (folder / DRAWN).unlink(missing_ok=True)
-            bar.advance(sum(n for _, n in part))
+        bar.advance(sum(n for first, path in paths.items() if path.exists() for _, n in wanted[first : first + size]))
+        for number, rows in _drawn(settings, load, todo, folder, name):
+            write_table(places[number], rows)
+            (folder / DRAWN).unlink(missing_ok=True)
+            bar.advance(len(rows))
     (folder / DRAWN).unlink(missing_ok=True)  # of a process that was killed right after its last part
-    del engine
-    gc.collect()
     billed = {"usage": usage} if (usage := _usage(folder)) else {}
-    return {**pool_statistics(read_pool(folder)), "settled": _settled(folder), "parts_halved": _halved(folder), **billed}
+    return {**stored_statistics(folder), "settled": _settled(folder), "parts_halved": _halved(folder), **billed}
+
+
+Part = Sequence[tuple[Prompt, int]]
+Draw = Callable[[Part], list[dict[str, Any]]]  # the rows of a part
+
+
+def _drawer(
+    policy: Path,
+    settings: SamplingSettings,
+    chat_template: str,
+    seed: int,
+    name: str,
+    settled: Mapping[str, Any] | None,
+    drawn: Path | None = None,
+) -> tuple[Draw, Mapping[str, Any]]:
+    """What draws parts, its engine loaded, and what the engine settled on. Raises RunError where a worker of a cluster sees no such policy."""
+    if settings.spread and not policy.is_dir() and settings.here.engine != "openai":
+        do = "give an output_dir on a file system that all nodes share"
+        raise RunError("a node of the cluster does not see this folder", where=policy, do=do)
+    engine = load_engine(policy, settings, chat_template, settled, drawn)
+    return partial(_draw_part, engine, settings, seed, name), engine.settled
+
+
+def _draw_part(engine: Engine, settings: SamplingSettings, seed: int, name: str, part: Part) -> list[dict[str, Any]]:
+    requests = [Request(p, tuple(request_seed(seed, f"sample-{name}", p.prompt_id, i) for i in range(n))) for p, n in part]
+    seeds = [s for r in requests for s in r.seeds]
+    with memory_errors("one answer at a time", where=f"sample {name}", do="lower sampling.max_new_tokens, or free memory"):
+        drawn = engine.draw(requests)
+    about = {"settled": json.dumps(engine.settled), "halvings": engine.halvings}
+    about |= {"usage": json.dumps(engine.usage)} if engine.usage else {}
+    return [{**_row(sample, s, settings.here), **about} for sample, s in zip(drawn, seeds, strict=True)]
+
+
+def _drawn(
+    settings: SamplingSettings, load: Callable[..., tuple[Draw, Any]], todo: Mapping[int, Part], folder: Path, name: str
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The parts that are not stored yet, in order here and as they come from a cluster; the engine and its memory go with the last."""
+    if not todo:
+        return
+    settled = _settled(folder)
+    if settings.spread:
+        from irlign.sampling.cluster import spread
+
+        yield from spread(settings.cluster, load, todo, f"sample {name}", settled)
+        return
+    draw, _ = load(settled, folder / DRAWN)
+    for number, part in todo.items():
+        yield number, draw(part)
+    del draw
+    gc.collect()
 
 
 def _settled(folder: Path) -> dict[str, Any] | None:
     """What the engine chose for the parts that are there."""
-    first = min(folder.glob("part-*.parquet"), default=None)
-    return json.loads(read_table(first)[0]["settled"]) if first else None
+    first = next(table_parts(folder, "settled"), None) if folder.is_dir() else None
+    return json.loads(first[0]["settled"]) if first else None
 
 
 def _halved(folder: Path) -> list[str]:
     """The parts in which memory ran out: drawn again, their bytes may differ."""
-    return [path.stem for path in sorted(folder.glob("part-*.parquet")) if read_table(path)[0]["halvings"]]
+    return [path.stem for path in sorted(folder.glob("part-*.parquet")) if read_table(path, "halvings")[0]["halvings"]]
 
 
 def _usage(folder: Path) -> dict[str, float]:
     """What all parts together were billed for; empty where nothing was."""
     total: Counter[str] = Counter()
-    for path in sorted(folder.glob("part-*.parquet")):
-        total.update(json.loads(read_table(path)[0].get("usage", "{}")))
+    for rows in table_parts(folder, "usage"):
+        total.update(json.loads(rows[0].get("usage", "{}")))
     return dict(total)
 
 
@@ -106,23 +149,49 @@ def _row(sample: Sample, seed: int, settings: SamplingSettings) -> dict[str, Any
 
 def read_pool(folder: Path) -> list[Sample]:
     """The samples of a stored pool, in order. Raises RunError where a part is damaged."""
-    return [Sample.from_row(row) for row in read_table(folder)]
+    return [sample for part in pool_parts(folder) for sample in part]
+
+
+def pool_parts(folder: Path, *splits: str) -> Iterator[list[Sample]]:
+    """The samples of a stored pool, part by part, in order; only those of the splits where some are named. One part is in memory at a
+    time. Raises RunError where a part is damaged."""
+    for rows in table_parts(folder):
+        yield [Sample.from_row(row) for row in rows if not splits or row["split"] in splits]
 
 
 def stored_samples(run: Run, policy: str, *splits: str) -> list[Sample]:
     """The samples of a run's policy for the prompts of these splits, in order. Raises RunError where a part is damaged."""
-    return [s for s in read_pool(run.path(f"pools/{policy}.parquet")) if s.prompt.split in splits]
+    return [s for part in pool_parts(run.path(f"pools/{policy}.parquet"), *splits) for s in part]
 
 
 def pool_statistics(samples: Sequence[Sample]) -> dict[str, Any]:
     """Counts and shares under the names that TRL logs; lengths in tokens."""
-    count = len(samples)
+    return _statistics([samples])
+
+
+def stored_statistics(folder: Path) -> dict[str, Any]:
+    """The same of a stored pool, read part by part."""
+    return _statistics(pool_parts(folder))
+
+
+def _statistics(parts: Iterable[Sequence[Sample]]) -> dict[str, Any]:
+    """A part holds all answers to its prompts."""
+    total: Counter[str] = Counter()
+    for samples in parts:
+        total.update(
+            samples=len(samples),
+            prompts=len({s.prompt.prompt_id for s in samples}),
+            tokens=sum(s.tokens for s in samples),
+            cut=sum(not s.finished for s in samples),
+            empty=sum(not s.completion.strip() for s in samples),
+        )
+    count = total["samples"]
     return {
         "samples": count,
-        "prompts": len({s.prompt.prompt_id for s in samples}),
-        "completions/mean_length": sum(s.tokens for s in samples) / count,
-        "completions/clipped_ratio": sum(not s.finished for s in samples) / count,
-        "completions/empty_ratio": sum(not s.completion.strip() for s in samples) / count,
+        "prompts": total["prompts"],
+        "completions/mean_length": total["tokens"] / count,
+        "completions/clipped_ratio": total["cut"] / count,
+        "completions/empty_ratio": total["empty"] / count,
     }
 
 

@@ -116,7 +116,7 @@ def _sampling(own: SamplingSettings, side: str, wanted: Wanted) -> SamplingSetti
     if wanted.upstream is None:
         if wanted.upstream_model:
             raise ConfigError("there is no upstream for this model", where="--upstream-model", do="say --upstream http://HOST:PORT/v1 too")
-        return own.model_copy(update={"engine": "transformers"})
+        return own.here.by_weights
     if not wanted.upstream_model and side not in own.openai.policies:
         raise ConfigError(f"which model at the upstream is {side}?", where="--upstream-model", do="give its name there")
     model = wanted.upstream_model or own.openai.policies[side].model

@@ -1,0 +1,193 @@
+"""Training in several processes of one machine, through `accelerate launch`; in this process where one is enough.
+
+Each process runs the same function on the same arguments; they differ from the first step on, where accelerate deals out the rows. Once
+the training is over all but the first leave (`training.fit`), so that whatever is written is written once.
+"""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import Field
+
+from irlign.config import Settings
+from irlign.errors import ConfigError, IrlignError, RunError
+from irlign.files import hash_path, remove, replacing
+from irlign.machine import has_cuda
+from irlign.progress import hush, say
+
+CALL, ANSWER, ERROR, LOG, CONFIG = "call.pickle", "answer.pickle", "error-{}.pickle", "launch.log", "accelerate.yaml"
+PATIENCE_S = 30  # for the processes to end by themselves
+COMMON = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "main_process_port": 0}
+PRESETS: dict[str | None, dict[str, Any]] = {  # what `accelerate config` would write
+    None: {"distributed_type": "MULTI_GPU"},  # on a CPU too: the Trainer then takes gloo
+    "fsdp2": {
+        "distributed_type": "FSDP",
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "fsdp_reshard_after_forward": True,
+            "fsdp_state_dict_type": "FULL_STATE_DICT",
+            "fsdp_cpu_ram_efficient_loading": False,
+        },
+    },
+    "zero3": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True},
+    },
+}
+
+
+class ProcessSettings(Settings):
+    """In how many processes SFT, the reward and the policy method train."""
+
+    num_processes: int = Field(
+        1, ge=1, description="processes that train together, one a GPU; a step then has so many times per_device_train_batch_size rows"
+    )
+    accelerate_config: str | None = Field(
+        None,
+        description="how the model is split over them: fsdp2, zero3 (needs deepspeed) or a file of accelerate's; null = each has all of it",
+    )
+
+    @property
+    def several(self) -> bool:
+        """Whether anything is launched at all."""
+        return self.num_processes > 1 or self.accelerate_config is not None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of it, the content of a file too; nothing of one process."""
+        if not self.several:
+            return {}
+        own = self.accelerate_config not in PRESETS
+        return {"processes": {**self.model_dump(), **({"sha256": hash_path(Path(str(self.accelerate_config)))} if own else {})}}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the model only, as the preset or the file says."""
+        if self.accelerate_config in PRESETS:
+            return self.accelerate_config is not None
+        found = yaml.safe_load(Path(str(self.accelerate_config)).read_text(encoding="utf-8"))
+        return isinstance(found, dict) and found.get("distributed_type") in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    def check(self) -> None:
+        """Raises ConfigError for a configuration file that is not there, zero3 without deepspeed, and sharding without a GPU, where accelerate
+        would quietly give each process all of the model."""
+        from importlib.util import find_spec
+
+        where = "processes.accelerate_config"
+        if self.accelerate_config not in PRESETS and not Path(str(self.accelerate_config)).is_file():
+            what = f"there is no preset and no file {self.accelerate_config!r}"
+            raise ConfigError(what, where=where, do="use fsdp2 or zero3, or what `accelerate config` writes")
+        if self.accelerate_config == "zero3" and find_spec("deepspeed") is None:
+            raise ConfigError("deepspeed is not installed", where=where, do="pip install deepspeed, or use fsdp2")
+        if self.sharded and not has_cuda():
+            raise ConfigError("a model is split over GPUs, and torch finds none here", where=where, do="leave it out: num_processes alone")
+
+
+def launch(
+    processes: ProcessSettings, function: Callable[..., dict[str, Any]], *args: Any, checkpoints: Path, **options: Any
+) -> dict[str, Any]:
+    """`function(*args, checkpoints=checkpoints, **options)`, which trains once by `training.fit`, in so many processes; what it returns in
+    the first of them. Raises the IrlignError of any of them, RunError where one ends without a word."""
+    options = {"checkpoints": checkpoints, **options}
+    if not processes.several:
+        return function(*args, **options)
+    place = checkpoints / "launch"
+    remove(place)
+    place.mkdir(parents=True)
+    (place / CALL).write_bytes(pickle.dumps((function, args, options)))
+    code = _run(_command(processes, place), place / LOG, processes.num_processes)
+    errors = [pickle.loads(path.read_bytes()) for path in sorted(place.glob(ERROR.format("*")))]
+    if errors:
+        raise errors[0]
+    if not (place / ANSWER).exists():
+        raise RunError(f"training in {processes.num_processes} processes ended without a result, exit code {code}", where=place / LOG)
+    return pickle.loads((place / ANSWER).read_bytes())
+
+
+def _command(processes: ProcessSettings, place: Path) -> list[str]:
+    file = processes.accelerate_config
+    if file in PRESETS:
+        file = str(place / CONFIG)
+        Path(file).write_text(yaml.safe_dump({**COMMON, **PRESETS[processes.accelerate_config]}), encoding="utf-8")
+    count = ["--num_processes", str(processes.num_processes)] if processes.num_processes > 1 or file == str(place / CONFIG) else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *count]
+    return [*launcher, "--module", "irlign.launch", str(place)]
+
+
+def _run(command: list[str], log: Path, count: int) -> int:
+    """The launcher's exit code. What the first process says is said here; what the libraries print goes to the log."""
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    with log.open("wb") as errors, subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, preexec_fn=_end_with_parent
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                say(line.rstrip())
+            return process.wait()
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+            process.kill()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed leaves nothing behind (Linux): the launcher is terminated, and ends its own processes."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+
+
+def main() -> None:
+    """One of the processes: `python -m irlign.launch PLACE`, started by accelerate."""
+    hush()
+    _end_with_parent()
+    place, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
+    sys.stderr = sys.stdout  # progress is for the user, and the libraries' own words are not
+    if rank:
+        os.environ["IRLIGN_QUIET"] = "1"
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before a model is put on "the" device
+    function, args, options = pickle.loads((place / CALL).read_bytes())
+    try:
+        answer = function(*args, **options)
+    except SystemExit:  # its share is done
+        _leave()
+    except IrlignError as error:
+        _write(place / ERROR.format(rank), error)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exception(error, file=sys.__stderr__)
+        line = (str(error).strip() or "no message").splitlines()[0]
+        _write(place / ERROR.format(rank), RunError(f"unexpected {type(error).__name__} in process {rank}: {line}", where=place / LOG))
+        sys.exit(1)
+    _write(place / ANSWER, answer)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End at once and well: threads of the process group may abort an interpreter that is being taken down, and the launcher then ends the others."""
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _write(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(pickle.dumps(value))
+
+
+if __name__ == "__main__":
+    main()
