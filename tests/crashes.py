@@ -147,7 +147,7 @@ def attempt(
     """The command of a stage in a fork, with a signal `after` so many seconds, or SIGKILL at call `kill_at`. Its cache lies beside the run."""
     place = root.parent
     log, counted = place / "log.txt", place / f"counts-{time.monotonic_ns()}"
-    started = time.monotonic()
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
         code = 70
@@ -162,12 +162,17 @@ def attempt(
             tempfile.tempdir = None
             watch(Counts(counted), kill_at)
             up_to(stage)
+            os.write(begins, b".")
             main(words_of(stage, root, method))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
             os._exit(code)
+    os.close(begins)
+    os.read(begun, 1)  # the clock starts when the command does
+    os.close(begun)
+    started = time.monotonic()
     code = _ending(child, None if after is None else started + after, number)
     seconds, found = time.monotonic() - started, Counts.read(counted)
     counted.unlink(missing_ok=True)

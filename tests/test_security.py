@@ -16,14 +16,16 @@ from small import small_recipe
 from tiny import make_tiny_policy
 
 import irlign
+import irlign.pipeline
 from irlign.cli import main
 from irlign.config import load_recipe
 from irlign.data.chat import Format
 from irlign.data.demonstrations import DataSettings, load_demonstrations
 from irlign.errors import ConfigError, ModelError
-from irlign.files import read_json, read_table
+from irlign.files import hash_path, read_json, read_table
 from irlign.machine import environment
 from irlign.policy.load import load_config, load_policy
+from irlign.policy.pretrain import word_tokenizer
 from irlign.recipe import Recipe
 from irlign.records import Contrast, Prompt
 from irlign.reward.learn import train_reward_of
@@ -357,3 +359,25 @@ def test_golden_is_not_called_before_eval(tmp_path, monkeypatch):
     assert len(picked) == 28 and np.mean([max(of) for of in pools.values()]) > 0.74  # what a leak would give
     assert np.mean([noise(row) for row in picked]) < 0.66  # half, and three standard errors of 28 picks
     assert read_json(tmp_path / "run/manifest.json")["stages"]["eval"]["status"] == "complete"
+
+
+def test_held_out_answers_change_nothing_before_eval_and_the_seed_changes_everything(tmp_path):
+    """Two runs whose test prompts have other answers, in one of them the reward's dearest words, are the same up to the selection, byte for
+    byte; a run with another seed is another run, and the same seed the same."""
+    shown = [
+        {"prompt": d.prompt.content, "completion": d.completion}
+        for d in DialogueWorld(demonstrations=24, dev_prompts=20).splits(0)["train"]
+    ]
+    policy = make_tiny_policy(tmp_path / "policy", tokenizer=word_tokenizer(DialogueWorld().vocabulary(), 256), max_position_embeddings=256)
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown[:18]))
+    found = {}
+    for name, answer, seed in (("one", "No.", 0), ("other", "Please check the brakes. I hope this helps.", 0), ("seed", "No.", 1)):
+        held = [{"prompt": row["prompt"], "completion": answer} for row in shown[18:]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+        own = {"model_name_or_path": str(policy), "dataset_name": str(tmp_path / "shown.jsonl"), "seed": seed}
+        own |= {"eval_dataset_name": str(tmp_path / f"{name}.jsonl"), "data": {"dev_prompts": 6}, "optimise": {"method": "none"}}
+        folder = irlign.pipeline.run_stage("bon", small_recipe(tmp_path / f"run-{name}", **own))
+        found[name] = {output: hash_path(folder / output) for output in ("policies/sft", "pools/sft.parquet", "rewards", "best_of_n")}
+        assert {row["completion"] for row in read_table(folder / "data/test.parquet")} == {answer}
+    assert found["one"] == found["other"]
+    assert all(found["one"][output] != found["seed"][output] for output in found["one"])
