@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` an environment for vLLM too.
+# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` an environment for vLLM too, `make test-browser` adds Playwright.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DOCS := .venv-docs
 
-.PHONY: quickstart test test-slow test-vllm fuzz lint docs setup
+.PHONY: quickstart test test-slow test-vllm test-browser fuzz lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,11 @@ $(VLLM)/.installed: constraints-vllm.txt
 
 test-vllm: setup $(VLLM)/.installed
 	IRLIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
+
+# The pages in a real browser: a Chromium of the system (Debian: apt install chromium) or the one in IRLIGN_CHROMIUM; skipped without one.
+test-browser: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	$(BIN)/python -m pytest -m browser -rs
 
 # The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
 $(DOCS)/.installed: constraints-docs.txt

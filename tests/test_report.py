@@ -26,7 +26,7 @@ def copied(finished, tmp_path):
 
 def test_it_is_one_offline_file(finished):
     html = (finished / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<script|<link|@import|url\(\s*["']?http""", html)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<link|@import|url\(\s*["']?http|fetch\(|XMLHttp|import\(""", html)
 
 
 def test_the_answer_comes_before_every_figure(finished):
@@ -48,8 +48,8 @@ def test_where_sft_is_kept_nothing_stands_there_twice(copied):
     for n, tiles, columns, answers in ((4, 4, 1, 4), (1, 3, 0, 3)):
         html = _choose(copied, n)
         assert len(re.findall(r'<div class="tile">', html)) == tiles and html.count("<th>Best-of-4</th>") == columns
-        samples = html[html.index("<h2>Samples</h2>") : html.index("<h2>What was run</h2>")]
-        assert samples.count("<h4>") == answers * samples.count("<article") and samples.count('class="pick"') == samples.count("<article")
+        samples = html[html.index("<h2>Answers</h2>") : html.index("<h2>What was run</h2>")]
+        assert samples.count("<h4>") == answers * samples.count("<article") and samples.count(' pick"') == samples.count("<article")
     assert "<span>SFT, kept</span>" in html and "Best-of-1<" not in html
 
 
@@ -80,7 +80,7 @@ def test_text_of_a_model_is_never_markup(copied):
     write_report(copied, copied / "report.html")
     html = (copied / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)" in html and "{{ 7 * 7 }}" in html
-    assert "<script" not in html and "<img" not in html
+    assert html.count("<script") == 1 and "<img" not in html  # the page's own, which its policy names by hash
 
 
 def test_without_a_golden_reward_nothing_is_called_better(copied):

@@ -11,9 +11,10 @@ import numpy as np
 from irlign.data.splits import stored_demonstrations
 from irlign.evaluate.equal_tokens import adaptive_point
 from irlign.evaluate.golden import Golden, score_golden
+from irlign.evaluate.group import Group
 from irlign.evaluate.headline import headline
 from irlign.evaluate.judge import judge_pairs
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings
 from irlign.evaluate.overoptimisation import alarms
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample, mean_logprobs
