@@ -95,7 +95,13 @@ def _evidence(results: Mapping[str, Any]) -> dict[str, Any]:
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
         "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
+        "regressed": lambda t: (
+            "better" if min(t["sign"] * b for b in t["ci95"]) > 0 else "worse" if max(t["sign"] * b for b in t["ci95"]) < 0 else ""
+        ),
         "pairwise": words.pairwise(results),
+        "goldens": words.goldens(results, {**columns, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})}),
+        "benches": words.benches(results),
+        "harness": words.harness(results),
         "alarms": results["alarms"],
         "outliers": heldout.get("outlier_picks") is not None,
         "nll": heldout["demonstration_nll"] is not None,

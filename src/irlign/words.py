@@ -156,3 +156,50 @@ def calibration(found: Mapping[str, Any]) -> str:
         f"drawn: the probability that it gives to its own order, against how often that order is true. On average it says {said:.1%} and is right "
         f"in {seen:.1%}; the mean distance from the line is {error['mean']:.3f} [{error['ci95'][0]:.3f}, {error['ci95'][1]:.3f}]."
     )
+
+
+def goldens(results: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any] | None:
+    """The table of further golden rewards, the first on top: a row each with the sources of `columns` and what was compared; None without one."""
+    others = results.get("goldens")
+    if not others:
+        return None
+    chosen, base, first = results["choice"]["n"], results.get("base", "sft"), results["golden"]
+    wanted = {("aligned", "sft"): "aligned − SFT", (f"best_of_{chosen}", base): f"Best-of-{chosen} − {COLUMNS[base]}"}
+    rows = []
+    for of in ({**first, "tests": results["tests"]}, *others):
+        means = {key: of["best_of_n"][str(chosen)] if key == "best_of_n" else of.get(key) for key in columns}
+        rows.append({"name": of["name"], "means": means, "tests": {(t["a"], t["b"]): t for t in of["tests"]}})
+    shown = {pair: name for pair, name in wanted.items() if pair in rows[0]["tests"]}
+    return {"columns": dict(columns), "pairs": shown, "rows": rows}
+
+
+def benches(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each preference file: a row a subset, each reward's accuracy on all its pairs and on those of similar length."""
+    found = []
+    for of in results.get("reward_bench") or ():
+        name = of["file"].replace("\\", "/").rsplit("/", 1)[-1]
+        found.append({"name": name, "pairs": of["pairs"], "rewards": list(of["subsets"][0]["accuracy"]), "subsets": of["subsets"]})
+    return found
+
+
+def harness(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The regression table of lm-evaluation-harness: a row a figure, each policy's value and its difference from the initial one; None without it."""
+    asked = results.get("lm_eval")
+    if not asked:
+        return None
+    some = f", {asked['limit']} documents a task at most" if asked["limit"] else ""
+    rows = [
+        {
+            **row,
+            "tests": {
+                t["a"]: {**t, "sign": {True: 1, False: -1}.get(row["higher_is_better"], 0)} for t in row["tests"] if t["b"] == "initial"
+            },
+        }
+        for row in asked["rows"]
+    ]
+    return {
+        "words": f"version {asked['version']}{some}",
+        "policies": list(rows[0]["means"]) if rows else [],
+        "rows": rows,
+        "names": COLUMNS,
+    }

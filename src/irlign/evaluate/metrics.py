@@ -11,6 +11,7 @@ from irlign.config import Settings
 from irlign.evaluate.calibration import calibration
 from irlign.evaluate.group import Group
 from irlign.evaluate.judge import JudgeSettings
+from irlign.evaluate.lm_eval import LMEvalSettings
 from irlign.evaluate.overoptimisation import FAR, deviation, fit_gao, pick_alarms
 from irlign.reward.controls import CONTROLS
 
@@ -21,6 +22,16 @@ class EvaluationSettings(Settings):
     golden_reward: str | None = Field(
         None,
         description="what answers are truly worth: module:function, a sequence-classification checkpoint, or null (a world has its own)",
+    )
+    other_golden_rewards: list[str] = Field(
+        default_factory=list, description="further ones beside it, of the same kinds: is a gain one reward's opinion?"
+    )
+    reward_bench: list[str] = Field(
+        default_factory=list,
+        description="files of preference pairs in RewardBench's columns (prompt, chosen, rejected, subset) to try the reward on",
+    )
+    lm_eval: LMEvalSettings | None = Field(
+        None, description="tasks of lm-evaluation-harness for the initial, the SFT and the aligned policy; null = none is asked"
     )
     judge: JudgeSettings | None = Field(
         None, description="a model at an endpoint that compares test answers in pairs; null = none is asked"
