@@ -102,7 +102,7 @@ def read_answer(folder: Path) -> tuple[dict[str, Any], Values]:
                         if isinstance(value := row.get(metric), int | float):
                             values.setdefault((task, metric, row.get("filter", "none")), {})[str(row["doc_id"])] = float(value)
     except (StopIteration, ValueError, KeyError, TypeError, AttributeError) as error:
-        do = "delete that folder; irlign reads what version 0.4.9 and later write"
+        do = "delete that folder; irlign reads what version 0.4.13 writes"
         raise ModelError(f"lm-evaluation-harness wrote what cannot be read ({error})", where=folder, do=do) from error
     return results, values
 
