@@ -169,7 +169,7 @@ def goldens(results: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
     for of in ({**first, "tests": results["tests"]}, *others):
         means = {key: of["best_of_n"][str(chosen)] if key == "best_of_n" else of.get(key) for key in columns}
         rows.append({"name": of["name"], "means": means, "tests": {(t["a"], t["b"]): t for t in of["tests"]}})
-    shown = {pair: name for pair, name in wanted.items() if pair in rows[0]["tests"]}
+    shown = {pair: name for pair, name in wanted.items() if all(pair in row["tests"] for row in rows)}
     return {"columns": dict(columns), "pairs": shown, "rows": rows}
 
 
