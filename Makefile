@@ -1,4 +1,5 @@
-# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` and `make test-cluster` what vLLM and Ray need too.
+# Two commands: `make quickstart` and `make test`. Both set up .venv where it is missing; `make test-vllm` and `make test-cluster` what vLLM and Ray need too,
+# `make test-browser` adds Playwright.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ FUZZ := .venv-fuzz
 
 RAY := .venv-ray
 
-.PHONY: quickstart test test-slow test-vllm test-cluster fuzz crash-test soak lint docs setup
+.PHONY: quickstart test test-slow test-vllm test-cluster test-browser fuzz crash-test soak lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -66,6 +67,11 @@ $(RAY)/.installed: $(VENV)/.installed
 
 test-cluster: setup $(RAY)/.installed
 	PYTHONPATH=$(CURDIR)/$(RAY) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+
+# The pages in a real browser: a Chromium of the system (Debian: apt install chromium) or the one in IRLIGN_CHROMIUM; skipped without one.
+test-browser: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	$(BIN)/python -m pytest -m browser -rs
 
 # The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
 $(DOCS)/.installed: constraints-docs.txt

@@ -137,6 +137,18 @@ def test_conversations_and_pairs_in_a_text_classification_pipeline(tmp_path):
     )  # transformers takes "" for no pair at all
 
 
+def test_a_fine_tuned_encoder_in_sentence_transformers(tmp_path):
+    """As a CrossEncoder, with the identity in the place of its sigmoid; pairs that stay within the encoder's length."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    torch.manual_seed(1)
+    reward = _published(tmp_path / "pair", make_tiny_encoder(tmp_path / "encoder"), PAIR)
+    ranker = sentence_transformers.CrossEncoder(str(tmp_path / "pair"), device="cpu")
+    pairs = list(zip(PROMPTS, ANSWERS, strict=True))
+    found = ranker.predict(pairs, activation_fn=torch.nn.Identity())
+    assert found == pytest.approx(reward.score(PROMPTS, ANSWERS), abs=1e-4) and found.std() > 1e-3
+    assert ranker.predict(pairs) != pytest.approx(found, abs=1e-3)  # by itself it gives a probability
+
+
 def test_a_further_step_in_trls_reward_trainer(finished, asked, tmp_path):
     """TRL reads plain-text pairs as the tokens that the reward was trained on, and what it saves is a reward again."""
     from datasets import Dataset

@@ -1,6 +1,7 @@
 """What must never happen: code run from data, a file outside the run, markup by a model, a stored secret, a golden reward seen too early."""
 
 import ast
+import base64
 import hashlib
 import itertools
 import json
@@ -207,7 +208,11 @@ def test_nothing_a_model_wrote_is_markup_in_the_report(hostile):
     html = (hostile[0] / "run/report.html").read_text(encoding="utf-8")
     elements = Seen(html).elements
     assert "&lt;script&gt;alert(1)" in html and "{{ 7 * 7 }}" in html and "<!--" not in re.sub("<svg.*?</svg>", "", html, flags=re.DOTALL)
-    assert not {tag for tag, _ in elements} & {"script", "img", "a", "iframe", "object", "embed", "form", "input", "base", "link"}
+    assert not {tag for tag, _ in elements} & {"img", "a", "iframe", "object", "embed", "form", "base", "link"}
+    assert [a for tag, a in elements if tag == "script"] == [{}]
+    assert all(
+        set(a) <= {"type", "id", "class", "checked", "placeholder"} and a["type"] != "image" for tag, a in elements if tag == "input"
+    )
     for tag, attributes in elements:
         assert not any(name.startswith("on") or name in ("src", "href", "srcdoc", "action") for name in attributes), (tag, attributes)
         link = attributes.get("xlink:href", "#")
@@ -215,14 +220,22 @@ def test_nothing_a_model_wrote_is_markup_in_the_report(hostile):
     policies = [a["content"] for tag, a in elements if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in str(policies[0]).split(";"))
     assert len(policies) == 1 and rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-    assert not {"script-src", "connect-src", "frame-src"} & set(rules)  # what is not named is what default-src says
-    assert set(" ".join(rules.values()).split()) <= {"'none'", "'unsafe-inline'", "data:"} and rules["style-src"] == "'unsafe-inline'"
+    assert not {"connect-src", "frame-src"} & set(rules)  # what is not named is what default-src says
+    (script,) = re.findall("<script>(.*?)</script>", html, re.DOTALL)
+    assert rules["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"  # that one and no other
+    others = " ".join(rule for name, rule in rules.items() if name != "script-src").split()
+    assert set(others) <= {"'none'", "'unsafe-inline'", "data:"} and rules["style-src"] == "'unsafe-inline'"
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "templates").glob("*.html")), ids=lambda path: path.name)
 def test_templates_put_text_between_tags_only(path):
-    """The one attribute that holds a value is `class`, and it is one of our own words; nothing is marked safe; one page holds the policy."""
+    """The one attribute that holds a value is `class`, and it is one of our own words; nothing is marked safe; one page holds the policy. The report
+    alone has a script, into which no value goes."""
     text = path.read_text(encoding="utf-8")
+    if path.name == "report.html":
+        scripts = re.findall("<script>(.*?)</script>\n", text, re.DOTALL)
+        assert len(scripts) == 1 and not re.search(r"\{[{%]|innerHTML|insertAdjacent|document\.write|eval|\.src\b|fetch", scripts[0])
+        text = text.replace(f"<script>{scripts[0]}</script>", "")
     for tag in re.findall(r"<[a-z][^<]*?(?<![%}-])>", text):
         assert set(re.findall(r"""([\w-]+)\s*=\s*["'][^"']*\{""", tag)) <= {"class"}, tag
     assert not re.search(r"\|\s*safe\b|autoescape|=\s*\{\{|<script|javascript:|\son\w+=", text)

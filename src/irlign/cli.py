@@ -146,12 +146,26 @@ def evaluate(
         str | None, typer.Option(help="address of an OpenAI-compatible endpoint whose model compares answers in pairs")
     ] = None,
     judge_model: Annotated[str | None, typer.Option(help="that model's name there")] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="tasks of lm-evaluation-harness for the policies, comma-separated")] = None,
+    reward_bench: Annotated[
+        list[str] | None, typer.Option(help="a file of prompt, chosen, rejected and subset to try the reward on; may be given again")
+    ] = None,
+    golden: Annotated[list[str] | None, typer.Option(help="a further golden reward; may be given again")] = None,
 ) -> None:
     """Measure on the test prompts: evaluation/results.json."""
     from irlign.pipeline import run_stage
 
-    given = {"base_url": judge, "model": judge_model}
-    run_stage("eval", config, [*_overrides(context), *(f"evaluation.judge.{key}={value}" for key, value in given.items() if value)])
+    given: dict[str, Any] = {"judge.base_url": judge, "judge.model": judge_model, "reward_bench": reward_bench}
+    given |= {"lm_eval.tasks": lm_eval.split(",") if lm_eval else None, "other_golden_rewards": golden}
+    words = [f"evaluation.{key}={_yaml(value)}" for key, value in given.items() if value]
+    run_stage("eval", config, [*_overrides(context), *words])
+
+
+def _yaml(value: str | list[str]) -> str:
+    """A value as a word of the command line holds it."""
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 _stage("report", "Write report.html.")

@@ -5,11 +5,15 @@ import functools
 import os
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from irlign.errors import ConfigError
 
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
@@ -21,6 +25,18 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
+    return found
+
+
+def python_with(module: str, given: str | None, *, name: str, where: str, do: str) -> str:
+    """The path of the Python that was given, or of this one, in which `module` is installed, `name` to people. Raises ConfigError where there is none."""
+    python = given or sys.executable
+    found = shutil.which(os.path.expanduser(python))
+    if found is None:
+        raise ConfigError(f"there is no Python at {python}", where=where, do=do)
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    if subprocess.run([found, "-c", look], capture_output=True, check=False).returncode:
+        raise ConfigError(f"{name} is not installed in {found}", where=where, do=do)
     return found
 
 

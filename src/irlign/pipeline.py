@@ -329,6 +329,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
     """Evidence on the test prompts: golden reward where there is one, held-out measures, intervals and tests."""
     from irlign.evaluate.golden import golden_inputs
 
+    others, asked = recipe.evaluation.other_golden_rewards, recipe.evaluation.lm_eval is not None
     spec, world, better = recipe.evaluation.golden_reward, recipe.world, bool(recipe.pools and recipe.pools.candidates)
     name = spec or (f"the golden reward of the {world.name} world" if world else "none")
     aligned = [] if recipe.optimise.method == "none" else ["optimise", "pools/aligned.parquet"]
@@ -337,9 +338,12 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         from irlign.evaluate.golden import guard_golden, load_golden
         from irlign.evaluate.results import measure
 
-        guard_golden(spec, [run.path(name) for name in ("rewards", "policies", "optimise")])
+        for given in (spec, *others):
+            guard_golden(given, [run.path(name) for name in ("rewards", "policies", "optimise")])
         golden = load_golden(spec) if spec else world.golden if world else None
-        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, _summary(recipe, run), bool(aligned), better)
+        more = {other: load_golden(other) for other in others}
+        about = _summary(recipe, run)
+        results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, about, bool(aligned), better, more)
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
         for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
@@ -354,6 +358,9 @@ def evaluate(recipe: Recipe, run: Run) -> None:
             **_inside("best_of_n", "pools/init.parquet", "data/test.parquet", *aligned, *(["pools/sft.parquet"] if better else [])),
             **_inside(*(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
             **golden_inputs(spec),
+            **{f"other_golden_rewards {other}": of for other in others for of in golden_inputs(other).values()},
+            **{f"reward_bench {file}": file for file in recipe.evaluation.reward_bench},
+            **(_policies(recipe, "init", "sft", *(["aligned"] if aligned else [])) if asked else {}),
         },
         outputs=["evaluation"],
     )

@@ -14,7 +14,8 @@ POINTS = 3000  # at most so many dots in a scatter
 
 def curve_svg(results: Mapping[str, Any]) -> str:
     """Best-of-n against n under the reward that selects, with its interval, and under its parts and the baselines without training;
-    initial policy and demonstrations as lines, a number of answers of its own for each prompt as a diamond. The page's table holds the others."""
+    initial policy and demonstrations as lines, a number of answers of its own for each prompt as a diamond, the chosen n as a ring. The page's table
+    holds the others."""
     golden, n, contrast = results["golden"], results["curve"]["n"], results["run"]["selector"]
     measure = golden or results["heldout"]["rewards"]
     others = (contrast.removesuffix("+likelihood"), "likelihood", "log-ratio", "length")
@@ -27,6 +28,9 @@ def curve_svg(results: Mapping[str, Any]) -> str:
         )
         if own:
             axes.fill_between(n, *(np.array([of[str(k)]["ci95"] for k in n]).T), color=colour, alpha=0.18, lw=0)
+    chosen = results["choice"]["n"]
+    how = "chosen without labels" if results["choice"]["label_free"] == chosen else "chosen n"
+    axes.plot([chosen], [curves[contrast][str(chosen)]["mean"]], color=INK, marker="o", ms=11, mfc="none", mew=1.6, ls="", label=how)
     if point := results["adaptive"]:
         value = point["golden" if golden else "reward"]
         error = np.abs(np.array([value["ci95"]]).T - value["mean"])
@@ -89,6 +93,19 @@ def length_svg(candidates: Sequence[Mapping[str, Any]], reward: str) -> str:
     axes.axvline(0, color=INK, lw=0.6)
     axes.set_xlabel("words, minus the prompt's mean")
     axes.set_ylabel("reward, minus the prompt's mean")
+    return _svg(figure, axes)
+
+
+def calibration_svg(found: Mapping[str, Any]) -> str:
+    """How often the reward's order of two answers is true, with its interval, against the probability that the reward gives to it."""
+    said = [of["predicted"] for of in found["bins"]]
+    seen = np.array([[of["observed"]["mean"], *of["observed"]["ci95"]] for of in found["bins"]])
+    figure, axes = _figure()
+    axes.plot([0.5, 1], [0.5, 1], color=INK, lw=1, ls=":", label="as sure as right")
+    error = np.maximum(0, [seen[:, 0] - seen[:, 1], seen[:, 2] - seen[:, 0]])
+    axes.errorbar(said, seen[:, 0], error, color=COLOURS[0], marker="o", ms=4, lw=1.6, elinewidth=1, label="the learned reward")
+    axes.set_xlabel("probability that it gives to its order")
+    axes.set_ylabel("share in which the order is true")
     return _svg(figure, axes)
 
 

@@ -7,6 +7,8 @@ from irlign.endpoint import check_client
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import is_function, load_golden
 from irlign.evaluate.judge import SECTION
+from irlign.evaluate.lm_eval import lm_eval_python
+from irlign.evaluate.reward_bench import read_bench
 from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
@@ -16,8 +18,8 @@ from irlign.training import Config, TrainerSettings, training_arguments
 
 def preflight(recipe: Recipe) -> None:
     """Raises ConfigError for an unknown engine, a Python without vLLM or an endpoint without a model for a policy, a judge without an
-    address, a golden reward that cannot be imported, a policy method whose library is missing, and a field or tracker that its training
-    arguments refuse; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
+    address, a golden reward that cannot be imported, a Python without lm-evaluation-harness, a policy method whose library is missing, and a field or tracker that its training
+    arguments refuse; DataError for a preference file that cannot be read; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
     """
     if recipe.pools is None:
         check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])
@@ -28,9 +30,19 @@ def preflight(recipe: Recipe) -> None:
     if judge := recipe.evaluation.judge:
         check_client()
         judge.address(section=SECTION)
-    if spec := recipe.evaluation.golden_reward:
+    for spec in filter(None, (recipe.evaluation.golden_reward, *recipe.evaluation.other_golden_rewards)):
         _golden(spec)
     _together(recipe)
+    for file in recipe.evaluation.reward_bench:
+        read_bench(file)
+    if recipe.evaluation.other_golden_rewards and not (recipe.evaluation.golden_reward or recipe.world):
+        what = "further golden rewards stand beside a first one, and there is none"
+        raise ConfigError(what, where="evaluation.other_golden_rewards", do="give the first as evaluation.golden_reward")
+    if asked := recipe.evaluation.lm_eval:
+        if recipe.pools:
+            what = "stored samples have no policies that lm-evaluation-harness could ask"
+            raise ConfigError(what, where="evaluation.lm_eval", do="leave it out")
+        lm_eval_python(asked)
     for settings in _trained(recipe):
         _accepted(recipe, settings)
     check_method(recipe)

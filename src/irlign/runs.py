@@ -36,6 +36,7 @@ from irlign.progress import say
 
 READY, KEY, MANIFEST, RECIPE = "READY.json", "KEY.json", "manifest.json", "recipe.yaml"
 FOLDERS = ("data", "policies", "pools", "rewards", "best_of_n", "optimise", "evaluation")  # what stages publish into
+TRACKED, EVENTS = "trackers", "TENSORBOARD_LOGGING_DIR"  # where training's curves go, a folder a stage; transformers' word for it
 
 Build = Callable[[Path], Mapping[str, Any] | None]
 
@@ -145,7 +146,8 @@ class Run:
             reset_peak_memory()
             try:
                 self._record(name, entry)
-                notes = build(folder)
+                with _events_kept(self.path(TRACKED, name)):
+                    notes = build(folder)
                 self._seal(folder, {**entry, "notes": plain(notes or {}), "seconds": round(time.monotonic() - started, 3)})
             except BaseException as error:
                 self._record_failure(name, entry, error)
@@ -414,3 +416,16 @@ def _short(value: Any) -> str:
 def _overlap(a: str, b: str) -> bool:
     """Whether one path is the other or lies below it."""
     return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
+
+
+@contextlib.contextmanager
+def _events_kept(folder: Path) -> Iterator[None]:
+    """TensorBoard's events go there, unless the user's environment names a place: beside the checkpoints, its default, they would go with them."""
+    if os.environ.get(EVENTS):
+        yield
+        return
+    os.environ[EVENTS] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(EVENTS, None)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from irlign.evaluate.equal_tokens import adaptive_point, best_between
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
+from irlign.evaluate.group import Group
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings
 
 IDS = ["p", "p", "p", "q", "q", "q"]
 USED = np.array([True, False, False, True, True, True])

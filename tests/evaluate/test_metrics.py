@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from irlign.evaluate.group import Group
 from irlign.evaluate.headline import headline
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings
 
 SETTINGS = EvaluationSettings(resamples=500)
 

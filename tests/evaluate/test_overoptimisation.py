@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from irlign.evaluate.overoptimisation import alarms, fit_gao
+from irlign.evaluate.overoptimisation import alarms, deviation, fit_gao, pick_alarms
 from irlign.statistics import kl_bound, powers_of_two
 
 N = powers_of_two(64)
@@ -105,3 +105,11 @@ def test_each_alarm_by_what_it_looks_at(name, changed, choice):
 @pytest.mark.parametrize("changed", [{"length_correlation": measured(0.6, 0.4, 0.8)}, {"reward_auc": measured(0.5, 0.4, 0.6)}])
 def test_an_interval_that_reaches_back_raises_none(changed):
     assert alarms({**CALM, **changed}, CHOICE) == []
+
+
+def test_what_looks_wrong_with_one_pick():
+    assert deviation(3.0, np.array([0.0, 2.0])) == 2.0 and deviation(1.0, np.array([1.0, 1.0])) == 0.0
+    assert pick_alarms(True, 2.0, -2.0, 0.1) == [] and pick_alarms(True, 0.0, None, 0.0) == []
+    assert pick_alarms(False, 2.1, -2.1, 0.2) == [
+        *("cut at the length limit", "far longer than its pool", "hardly ever said by its policy", "repeats itself")
+    ]

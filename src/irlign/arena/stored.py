@@ -16,13 +16,14 @@ import numpy as np
 import typer
 
 from irlign.errors import ConfigError, DataError, IrlignError
+from irlign.evaluate.reward_bench import similar
 from irlign.optimise.best_of_n import write_rows
 from irlign.records import prompt_identity
 from irlign.reward.controls import controls
 from irlign.reward.features import Features, LogisticHead, word_features
 from irlign.statistics import estimate, paired_test, spearman
 
-FOLDS, RIDGE, MATCHED = 5, 1e-4, 0.2  # MATCHED: lengths that differ by less than 20 %
+FOLDS, RIDGE = 5, 1e-4
 RESAMPLES = 2000  # of the prompts, for the interval of the models' ranking
 LENGTH, CHANCE = "control: length", "control: random"
 FEWEST = 20  # answers of either model
@@ -75,7 +76,7 @@ def cross_fitted(stored: Stored, features: np.ndarray, better: str, worse: str) 
 
 def agreement(stored: Stored, scores: np.ndarray, unseen: np.ndarray, matched: bool) -> np.ndarray:
     """How often the reward orders two unseen models' answers to one prompt as the judge does (a tie counts half), of each prompt with such a
-    pair. Pairs that the judge holds equal are left out, and with `matched` those whose lengths differ by MATCHED or more. Shape [P]; the
+    pair. Pairs that the judge holds equal are left out, and with `matched` those whose lengths are not `similar`. Shape [P]; the
     prompts are the same for every reward."""
     found = []
     lengths = np.array([max(1, len(text)) for text in stored.texts])
@@ -84,7 +85,7 @@ def agreement(stored: Stored, scores: np.ndarray, unseen: np.ndarray, matched: b
         first, second = rows[a], rows[b]
         keep = stored.golden[first] != stored.golden[second]
         if matched:
-            keep &= np.abs(np.log(lengths[first] / lengths[second])) < np.log1p(MATCHED)
+            keep &= similar(lengths[first], lengths[second])
         order = np.sign(stored.golden[first] - stored.golden[second])[keep]
         told = np.sign(scores[first] - scores[second])[keep]
         if len(order):

@@ -1,7 +1,6 @@
 """Stored answers and their scores become evaluation/results.json: means over test prompts, intervals, tests."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,11 @@ from pydantic import Field
 
 from irlign import statistics
 from irlign.config import Settings
+from irlign.evaluate.calibration import calibration
+from irlign.evaluate.group import Group
 from irlign.evaluate.judge import JudgeSettings
-from irlign.evaluate.overoptimisation import fit_gao
+from irlign.evaluate.lm_eval import LMEvalSettings
+from irlign.evaluate.overoptimisation import FAR, deviation, fit_gao, pick_alarms
 from irlign.reward.controls import CONTROLS
 
 
@@ -21,40 +23,20 @@ class EvaluationSettings(Settings):
         None,
         description="what answers are truly worth: module:function, a sequence-classification checkpoint, or null (a world has its own)",
     )
+    other_golden_rewards: list[str] = Field(
+        default_factory=list, description="further ones beside it, of the same kinds: is a gain one reward's opinion?"
+    )
+    reward_bench: list[str] = Field(
+        default_factory=list,
+        description="files of preference pairs in RewardBench's columns (prompt, chosen, rejected, subset) to try the reward on",
+    )
+    lm_eval: LMEvalSettings | None = Field(
+        None, description="tasks of lm-evaluation-harness for the initial, the SFT and the aligned policy; null = none is asked"
+    )
     judge: JudgeSettings | None = Field(
         None, description="a model at an endpoint that compares test answers in pairs; null = none is asked"
     )
     resamples: int = Field(10_000, ge=100, description="bootstrap and permutation resamples")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The answers of one source for the test prompts, row for row with their scores; `golden` may be missing.
-
-    `likelihood` is the log-probability a token under the policy that drew them, where one did.
-    """
-
-    prompt_ids: Sequence[str]
-    texts: Sequence[str]
-    finished: np.ndarray
-    rewards: Mapping[str, np.ndarray]
-    golden: np.ndarray | None = None
-    likelihood: np.ndarray | None = None
-
-    def by_prompt(self, values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
-        """The values of each prompt's answers, prompts in the order of first appearance."""
-        found: dict[str, list[float]] = {}
-        for prompt_id, value in zip(self.prompt_ids, values, strict=True):
-            found.setdefault(prompt_id, []).append(float(value))
-        return {prompt_id: np.array(of) for prompt_id, of in found.items()}
-
-    def first(self) -> dict[str, int]:
-        """The row of each prompt's first answer."""
-        return {p: i for i, p in reversed(list(enumerate(self.prompt_ids)))}
-
-    def means(self, values: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """The mean of the values over each prompt's answers."""
-        return {prompt_id: float(of.mean()) for prompt_id, of in self.by_prompt(values).items()}
 
 
 class Evaluation:
@@ -141,6 +123,7 @@ class Evaluation:
         return {
             "reward_auc": self._auc(self.learned),
             "length_auc": self._auc("length"),
+            "calibration": calibration(*self._sides(self.learned), resamples=self.resamples, seed=self.seed),
             "rewards": {
                 **self._sources(lambda name: self.groups[name].rewards.get(self.selector, ())),
                 "best_of_n": self.curve_json(self.curve(scores, scores)),
@@ -168,10 +151,23 @@ class Evaluation:
     def _outliers(self) -> list[float]:
         """For each prompt whether its pick lies two standard deviations below its pool in log-probability a token; nothing where that
         is not known."""
-        if self.pool.likelihood is None:
-            return []
-        pools, picks = self.pool.by_prompt(self.pool.likelihood), self.best()
-        return [float(self.pool.likelihood[picks[p]] < pools[p].mean() - 2 * pools[p].std()) for p in self.prompts]
+        return [float(by < -FAR) for by in self._deviations(self.pool.likelihood).values()]
+
+    def _deviations(self, values: np.ndarray | None) -> dict[str, float]:
+        """How far each prompt's pick lies from its pool in these values of the pool's rows; nothing where there are none."""
+        if values is None:
+            return {}
+        pools, picks = self.pool.by_prompt(values), self.best()
+        return {p: deviation(float(values[picks[p]]), pools[p]) for p in self.prompts}
+
+    def _pick_alarms(self) -> dict[str, list[str]]:
+        """What looks wrong with each prompt's pick."""
+        words, picks = self._deviations(np.array([len(t.split()) for t in self.pool.texts], dtype=float)), self.best()
+        likely = self._deviations(self.pool.likelihood)
+        return {
+            p: pick_alarms(bool(self.pool.finished[i]), words[p], likely.get(p), statistics.repetition(self.pool.texts[i]))
+            for p, i in picks.items()
+        }
 
     def _sources(self, values: Any) -> dict[str, Any]:
         return {
@@ -186,8 +182,13 @@ class Evaluation:
 
     def _auc(self, reward: str) -> dict[str, Any] | None:
         """How often the reward puts an answer of pi_SFT above one of pi_0, over prompts that have both."""
-        better, worse = (g.by_prompt(g.rewards[reward]) for g in (self.groups["sft"], self.groups["initial"]))
+        better, worse = self._sides(reward)
         return self.estimate([statistics.auc(better[p], worse[p]) for p in better if p in worse])
+
+    def _sides(self, reward: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The reward of each prompt's answers of pi_SFT, and of pi_0."""
+        sft, initial = (g.by_prompt(g.rewards[reward]) for g in (self.groups["sft"], self.groups["initial"]))
+        return sft, initial
 
     def _correlation(self, scores: np.ndarray, other: np.ndarray) -> dict[str, Any] | None:
         """Spearman within each prompt's pool, averaged over the prompts where both vary."""
@@ -223,8 +224,8 @@ class Evaluation:
         }
 
     def rows(self, prompts: Mapping[str, str]) -> list[dict[str, Any]]:
-        """One row for each test prompt: an answer of every source, its reward and golden value, and the mean values behind
-        every figure as `MEASURE/SOURCE` and `MEASURE/best_of_n`. `prompts` gives each prompt as text, by id.
+        """One row for each test prompt: an answer of every source, its reward and golden value, what looks wrong with the pick (`alarms`), and
+        the mean values behind every figure as `MEASURE/SOURCE` and `MEASURE/best_of_n`. `prompts` gives each prompt as text, by id.
         """
         columns: dict[str, list[float | None]] = {}
         for measure, scores in (("golden", self.pool.golden), ("reward", self.pool.rewards[self.selector])):
@@ -239,8 +240,10 @@ class Evaluation:
         found: list[dict[str, Any]] = [
             {"prompt_id": p, "prompt": prompts[p], **{key: of[i] for key, of in columns.items()}} for i, p in enumerate(self.prompts)
         ]
+        suspect = self._pick_alarms()
         picks = {**{name: group.first() for name, group in self.groups.items()}, "best_of_n": self.best()}
         for row in found:
+            row["alarms"] = "; ".join(suspect[row["prompt_id"]])
             for name, pick in picks.items():
                 group, i = self.groups.get(name, self.pool), pick.get(row["prompt_id"])
                 row[f"answer/{name}"] = None if i is None else group.texts[i]

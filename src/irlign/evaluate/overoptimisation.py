@@ -130,3 +130,23 @@ def _hacking(heldout: Mapping[str, Any], choice: Mapping[str, Any]) -> Iterator[
     if choice["label_free"] is not None and choice["n"] > choice["label_free"]:
         seen = f"best_of_n.n={choice['n']} was given, and the judge would take {choice['label_free']}"
         yield "n is larger than the judge would take", seen, "leave best_of_n.n out, or read the curve before you publish"
+
+
+FAR, REPEATS = 2.0, 0.1  # standard deviations from the pool's mean; share of repeated trigrams
+
+
+def deviation(value: float, pool_N: np.ndarray) -> float:
+    """How many standard deviations of its prompt's pool a value lies above the mean; 0 where nothing varies."""
+    return float((value - pool_N.mean()) / (pool_N.std() or np.inf))
+
+
+def pick_alarms(finished: bool, words: float, likelihood: float | None, repeated: float) -> list[str]:
+    """What looks wrong with one pick: whether it ended, its words and its log-probability a token as `deviation` from its pool (None where that
+    is not known), and its share of repeated trigrams."""
+    found = {
+        "cut at the length limit": not finished,
+        "far longer than its pool": words > FAR,
+        "hardly ever said by its policy": likelihood is not None and likelihood < -FAR,
+        "repeats itself": repeated > REPEATS,
+    }
+    return [name for name, seen in found.items() if seen]

@@ -11,10 +11,14 @@ import numpy as np
 from irlign.data.splits import stored_demonstrations
 from irlign.evaluate.equal_tokens import adaptive_point
 from irlign.evaluate.golden import Golden, score_golden
+from irlign.evaluate.goldens import judge_by_others, opposed
+from irlign.evaluate.group import Group
 from irlign.evaluate.headline import headline
 from irlign.evaluate.judge import judge_pairs
-from irlign.evaluate.metrics import Evaluation, EvaluationSettings, Group
+from irlign.evaluate.lm_eval import ask_harness, regressions
+from irlign.evaluate.metrics import Evaluation, EvaluationSettings
 from irlign.evaluate.overoptimisation import alarms
+from irlign.evaluate.reward_bench import bench
 from irlign.files import read_json, read_table
 from irlign.records import SCORE, Demonstration, Prompt, PromptContent, Sample, mean_logprobs
 from irlign.reward.contrasts import ended
@@ -23,6 +27,7 @@ from irlign.reward.load import score_all
 from irlign.runs import Run
 
 JUDGED = "judged.jsonl"  # of the run: every verdict that was paid for
+HARNESS = "lm_eval"  # of the run: everything that lm-evaluation-harness wrote
 ABOUT = ("name", "kind", "contrast", "loss", "controls", "dev", "pairs")
 
 
@@ -72,9 +77,11 @@ def measure(
     summary: Mapping[str, Any],
     aligned: bool = False,
     candidates: bool = False,
+    others: Mapping[str, Golden] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The whole of results.json and the rows of prompts.parquet, from candidates, initial samples and demonstrations on test, and where
     there is an `aligned` policy its samples. `candidates`: the candidates came from elsewhere, and pi_SFT's own samples stand beside them.
+    `others`: further golden rewards by name.
 
     `learned` names the reward that was trained; which one selects is in choice.json.
     """
@@ -92,7 +99,7 @@ def measure(
         "demonstration_nll": run.stages.get("sft", {}).get("notes", {}).get("dev_nll"),
     }
     adaptive, more = adaptive_point(measured, np.array([row["tokens"] for row in pool])) if choice["adaptive"] else (None, [])
-    results = {
+    results: dict[str, Any] = {
         "golden": truth,
         "heldout": heldout,
         "alarms": [*alarms(heldout, choice), *_kept_alarms(optimised)],
@@ -104,7 +111,10 @@ def measure(
         "curve": measured.curve_info(truth),
         "run": dict(summary),
     }
-    rows = measured.rows({row["prompt_id"]: shown(Prompt.from_row(row).content) for row in pool})
+    contents = {row["prompt_id"]: Prompt.from_row(row).content for row in pool}
+    rows = measured.rows({prompt_id: shown(content) for prompt_id, content in contents.items()})
+    results |= _elsewhere(run, measured, reader, others or {}, contents, settings)
+    results["alarms"] += [*opposed(results["tests"], results["goldens"]), *regressions((results["lm_eval"] or {}).get("rows", []))]
     results["pairwise"] = _pairwise(results, rows, settings, run) if settings.judge else None
     return {"headline": headline(results), **results}, rows
 
@@ -142,6 +152,32 @@ def _evaluation(
         chosen=choice["n"],
         used=_used(run, pool),
     )
+
+
+def _elsewhere(
+    run: Run,
+    measured: Evaluation,
+    reader: Reader,
+    others: Mapping[str, Golden],
+    contents: Mapping[str, PromptContent],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    """What is asked beyond the run's own measure: further golden rewards, preference files, and lm-evaluation-harness."""
+    options: dict[str, Any] = {"resamples": settings.resamples, "seed": run.seed}
+    talks = any(not isinstance(content, str) for content in contents.values())
+    policies = {source: run.path("policies", "init" if source == "initial" else source) for source in ("initial", "sft", "aligned")}
+    if (own := measured.groups.get("aligned")) is None or own is measured.groups["sft"]:  # pi_SFT itself is published
+        del policies["aligned"]
+    asked = {**contents, **{row["prompt_id"]: Prompt.from_row(row).content for row in read_table(run.path("data/test.parquet"))}}
+
+    def score(prompts: Sequence[PromptContent], answers: Sequence[str]) -> dict[str, np.ndarray]:
+        return score_all(reader.rewards, prompts, [ended(answer, True) for answer in answers])
+
+    return {
+        "goldens": judge_by_others(measured, others, asked),
+        "reward_bench": [bench(file, score, conversational=talks, **options) for file in settings.reward_bench],
+        "lm_eval": ask_harness(policies, settings.lm_eval, run.path(HARNESS), **options) if settings.lm_eval else None,
+    }
 
 
 def _pairwise(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: EvaluationSettings, run: Run) -> dict[str, Any]:

