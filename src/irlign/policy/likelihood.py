@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from irlign.data.chat import IGNORED, Encoded, Format, length_sorted_batches, pad
+from irlign.data.chat import IGNORED, Encoded, Format, pad
+from irlign.forward import batches
 from irlign.policy.load import Policy, load_policy
 from irlign.records import Sample
 
-CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 LOGITS = 2**30  # at most so many numbers in one batch of logits, whatever the vocabulary: 4 GiB
 
 
@@ -23,18 +23,14 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
     result = np.zeros(len(rows))
     rows = [row.within(policy.max_length) for row in rows]
     vocabulary = int(policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // vocabulary)
     with torch.inference_mode():
-        for batch in length_sorted_batches([len(r) for r in rows], budget):
-            ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
-            labels_B_T, _ = pad([rows[i].labels for i in batch], IGNORED)
-            ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
-            logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
-            targets_B_T = labels_B_T[:, 1:]
+        for batch in batches(policy.model, rows, policy.pad_id, most=LOGITS // vocabulary):
+            logits_B_T_V = policy.model(**batch.inputs).logits[:, :-1].float()
+            targets_B_T = pad([row.labels for row in batch.rows], IGNORED)[0][:, 1:].to(policy.device)
             nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
-            result[batch] = -nll.sum(1).double().cpu().numpy()
+            result[batch.places] = -nll.sum(1).double().cpu().numpy()
             if progress is not None:
-                progress.advance(len(batch))
+                progress.advance(len(batch.rows))
     return result
 
 

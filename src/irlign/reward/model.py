@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from irlign.data.chat import Encoded, Format, context_length, length_sorted_batches, pad
+from irlign.data.chat import Encoded, Format, context_length
 from irlign.data.pairs import PAIR, PairFormat
 from irlign.errors import ModelError
+from irlign.forward import batches
 from irlign.progress import Progress
 from irlign.records import PromptContent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 
 
 class RewardModel(Protocol):
@@ -104,17 +103,13 @@ class Classifier:
         """All logits of the head, one for a plain classifier. Shape [rows, K]."""
         import torch
 
-        device = self.model.device
         limit = context_length(self.model.config)
         rows = [row.within(limit) for row in rows]
         rewards = np.zeros((len(rows), int(self.model.config.num_labels or 1)))
-        budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
         with torch.inference_mode(), Progress(f"score {self.name}", len(rows), "answers") as bar:
-            for batch in length_sorted_batches([len(r) for r in rows], budget):
-                ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
-                logits_B_K = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits
-                rewards[batch] = logits_B_K.double().cpu().numpy()
-                bar.advance(len(batch))
+            for batch in batches(self.model, rows, self.pad_id):
+                rewards[batch.places] = self.model(**batch.inputs).logits.double().cpu().numpy()
+                bar.advance(len(batch.rows))
         if not np.isfinite(rewards).all():
             raise ModelError(
                 f"{int((~np.isfinite(rewards)).sum())} rewards are not finite",
