@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import make_tiny_policy
 
-from irlign.data.chat import Encoded, Format
 from irlign import forward
+from irlign.data.chat import Encoded, Format
 from irlign.policy.likelihood import answer_log_probs, mean_nll, sequence_log_probs
 from irlign.policy.load import load_policy
 from irlign.records import Prompt, Sample

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import make_tiny_policy
 
+from irlign import forward
 from irlign.errors import ModelError
 from irlign.records import Contrast, Prompt
-from irlign import forward
 from irlign.reward.ensemble import combine
 from irlign.reward.heads import SharedHeads
 from irlign.reward.learn import train_reward_of

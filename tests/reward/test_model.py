@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
+from irlign import forward
 from irlign.data.chat import Format, pad
 from irlign.errors import DataError, ModelError
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
 from irlign.progress import QUIET
 from irlign.reward import log_ratio
-from irlign import forward
 from irlign.reward.load import load_reward, score_all
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier
