@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 from irlign.data.chat import Encoded, length_sorted_batches, pad
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 CPU_TOKENS, GPU_TOKENS = 1024, 32768  # padded tokens a batch: small ones win on a CPU
@@ -114,9 +113,9 @@ def _shares(model: "PreTrainedModel", row: Encoded, pad_id: int) -> bool:
     if model not in _sharing:
         try:
             inputs = _Prompts(model, [row.prompt_ids], pad_id).inputs([0], [[row.prompt_ids[-1], *row.completion_ids]])
-            found_T_H: torch.Tensor = model.base_model(**inputs).last_hidden_state[0]
+            found_T_H = model.base_model(**inputs).last_hidden_state[0]
             whole = torch.tensor([row.ids], device=model.device)
-            whole_T_H: torch.Tensor = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, len(row.prompt_ids) - 1 :]
+            whole_T_H = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, len(row.prompt_ids) - 1 :]
             near = 1e-3 if model.dtype == torch.float32 else 5e-2
             _sharing[model] = bool((found_T_H - whole_T_H).abs().max() <= near * whole_T_H.abs().max())
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
