@@ -52,15 +52,17 @@ def tokens_in(rows: Sequence[Text]) -> int:
     return sum(len(prompt.split()) + len(answer.split()) + 1 for prompt, answer in rows)
 
 
-def in_turn(engines: Mapping[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def in_turn(
+    engines: Mapping[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds of every engine in every repeat, the engines one after the other within it, and what each returned last."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     results: dict[str, Any] = {}
     for _ in range(repeats):
         for name, run in engines.items():
-            start = time.perf_counter()
+            start = clock()
             results[name] = run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return seconds, results
 
 
@@ -84,16 +86,21 @@ def show(rows: Sequence[Mapping[str, Any]], unit: str = "tok/s") -> None:
 def command(
     doc: str | None, measure: Callable[[argparse.Namespace], list[dict[str, Any]]], arguments: Sequence[str] | None, quick: str
 ) -> None:
-    """The command line that all of them have: `--quick`, `--only SHAPE`, `--json FILE`. The load of the machine stands above the table."""
+    """The command line that all of them have: `--quick`, `--only SHAPE`, `--repeats K`, `--cpu`, `--json FILE`. The load of the machine stands above the table."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--only", choices=list(SHAPES)[:2], help="one shape only")
+    parser.add_argument("--repeats", type=int, help="how often each engine runs")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds: on a busy machine, with one thread")
     given = parser.parse_args(arguments)
+    given.clock = time.process_time if given.cpu else time.perf_counter
     load = os.getloadavg()[0]
-    print(f"{torch.get_num_threads()} threads; load average before the start {load:.2f}", flush=True)
+    print(f"{torch.get_num_threads()} threads; load average before the start {load:.2f}{'; CPU seconds' * given.cpu}", flush=True)
     rows = measure(given)
     if given.json:
         given.json.write_text(
-            json.dumps({"load": load, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"load": load, "clock": "cpu" if given.cpu else "wall", "threads": torch.get_num_threads(), "rows": rows}, indent=1)
+            + "\n",
+            encoding="utf-8",
         )

@@ -1,6 +1,6 @@
 """Tokens a second of fine-tuning and of reward training: irlign's stages, TRL's trainers, and a plain loop, on the same rows.
 
-    python benchmarks/training.py [--quick] [--only SHAPE] [--json FILE]
+    python benchmarks/training.py [--quick] [--only SHAPE] [--repeats K] [--cpu] [--json FILE]
 
 Random weights; every engine goes from a folder with a model to a folder with the trained one, with batches of 8 rows (or pairs), one epoch,
 the same peak learning rate, and no evaluation. Prompts have 32 to 96 tokens, answers a geometric length with mean 39, cut at 96. Tokens are
@@ -167,7 +167,7 @@ def engines(kind: str, shape: str, quick: bool) -> dict[str, Callable[..., None]
             "irlign, pairs by the longer answer": partial(irlign_reward, length_column_name="longer")}  # fmt: skip
 
 
-def measure(shape: str, rows: int, repeats: int, quick: bool = False) -> list[dict[str, Any]]:
+def measure(shape: str, rows: int, repeats: int, quick: bool = False, **timing: Any) -> list[dict[str, Any]]:
     """Rows of the table for both kinds of training on this shape; `rows` demonstrations, and half as many pairs."""
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -186,7 +186,7 @@ def measure(shape: str, rows: int, repeats: int, quick: bool = False) -> list[di
             peers = engines(kind, shape, quick)
             for engine in peers.values():  # imports and first calls
                 run(engine, own[:BATCH])
-            seconds, _ = in_turn({name: partial(run, engine) for name, engine in peers.items()}, repeats)
+            seconds, _ = in_turn({name: partial(run, engine) for name, engine in peers.items()}, repeats, **timing)
             tokens = tokens_in(shown if kind == "sft" else both)
             found += rows_of(seconds, next(iter(peers)), tokens, shape=shape, kind=kind)
             show(found[-len(peers) :])
@@ -198,9 +198,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     def run(given: Namespace) -> list[dict[str, Any]]:
         if given.quick:
-            return measure("llama 0.9 M", 64, 2, quick=True)
+            return measure(given.only or "llama 0.9 M", 64, given.repeats or 2, quick=True, clock=given.clock)
         plan = {"llama 0.9 M": (256, 5), "gpt-2 small": (32, 3)}
-        return [row for shape, (rows, repeats) in plan.items() if given.only in (None, shape) for row in measure(shape, rows, repeats)]
+        return [
+            row
+            for shape, (rows, repeats) in plan.items()
+            if given.only in (None, shape)
+            for row in measure(shape, rows, given.repeats or repeats, clock=given.clock)
+        ]
 
     command(__doc__, run, arguments, "the 0.9 M Llama on a few rows, under a minute")
 
