@@ -35,7 +35,7 @@ from irlign.recipe import Recipe, as_recipe
 from irlign.runs import Run
 
 RECIPE = Path(__file__).parents[1] / "recipes/quickstart.yaml"
-SMALL = ["world.demonstrations=80", "world.dev_prompts=20", "world.test_prompts=20", "world.corpus_lines=3000", "pretrain.num_train_epochs=1", "sampling.num_generations=8",
+SMALL = ["world.demonstrations=60", "world.dev_prompts=20", "world.test_prompts=20", "world.corpus_lines=3000", "pretrain.num_train_epochs=1", "sampling.num_generations=8",
          "sampling.train_generations=2", "sft.num_train_epochs=2", "reward.num_train_epochs=1"]  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def measure(seed: int, overrides: Sequence[str], order: Sequence[str]) -> dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="80 demonstrations, few answers")
+    parser.add_argument("--quick", action="store_true", help="60 demonstrations, few answers")
     parser.add_argument("--seeds", default="100", help="100..102, or 100,101")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
