@@ -24,10 +24,11 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "data": SPINE,
     "training": SPINE,
     "launch": SPINE,
+    "forward": SPINE | {"data"},
     "worlds": BASE,
-    "policy": SPINE | {"data", "training"},
+    "policy": SPINE | {"data", "training", "forward"},
     "sampling": SPINE | {"endpoint", "data", "training", "policy"},
-    "reward": SPINE | {"data", "training", "launch"},
+    "reward": SPINE | {"data", "training", "launch", "forward"},
     "optimise": SPINE | {"data", "training", "launch", "policy", "sampling", "reward"},
     "evaluate": SPINE | {"endpoint", "data", "worlds", "reward"},
     "exact": BASE | {"reward"},
@@ -210,3 +211,9 @@ def test_help_loads_nothing_heavy():
     code = "import sys; sys.argv[1:] = ['--help']\ntry:\n    from irlign.cli import main; main()\nfinally:\n    print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "validate" in out and not any(f"'{library}'" in out for library in ("torch", "transformers", "numpy", "pydantic", "scipy"))
+
+
+def test_the_schema_needs_no_model_library():
+    code = "import sys; sys.argv[1:] = ['schema']\ntry:\n    from irlign.cli import main; main()\nfinally:\n    print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "num_generations" in out and not any(f"'{library}'" in out for library in ("torch", "transformers", "datasets", "accelerate"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import make_tiny_policy
 
+from irlign import forward
 from irlign.data.chat import Encoded, Format
-from irlign.policy import likelihood
 from irlign.policy.likelihood import answer_log_probs, mean_nll, sequence_log_probs
 from irlign.policy.load import load_policy
 from irlign.records import Prompt, Sample
@@ -41,7 +41,7 @@ def test_the_batch_changes_nothing(policy, monkeypatch):
     rows = Format(policy.tokenizer).encode(PROMPTS, COMPLETIONS)
     together = sequence_log_probs(policy, rows)
     backwards = sequence_log_probs(policy, rows[::-1])[::-1]
-    monkeypatch.setattr(likelihood, "CPU_TOKENS", 1)
+    monkeypatch.setattr(forward, "CPU_TOKENS", 1)
     alone = sequence_log_probs(policy, rows)
     assert np.abs(together - alone).max() < 1e-4 and np.abs(together - backwards).max() < 1e-4
 

@@ -175,3 +175,24 @@ def test_an_earlier_checkpoint_of_an_adapter_is_a_plain_one(policy, tmp_path):
     weights = [load_policy(str(path)).model.state_dict() for path in (policy, tmp_path / "sft-0.5", tmp_path / "sft")]
     key = next(name for name in weights[0] if "q_proj" in name)
     assert all(not torch.equal(a[key], b[key]) for a, b in ((weights[0], weights[1]), (weights[1], weights[2])))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_logits_that_no_loss_needs_are_left_out(tmp_path, architecture, on_prompt):
+    """The same loss and gradient from fewer positions: prompts of 2 and 4 tokens, so that one is skipped."""
+    model = load_policy(str(make_tiny_policy(tmp_path, architecture=architecture))).model
+    rows = [
+        {"input_ids": ids, "labels": ids if on_prompt else [IGNORED] * n + ids[n:]}
+        for n, ids in ((2, [1, 7, 8, 2]), (4, [1, 7, 9, 8, 10, 2]))
+    ]
+    found = []
+    for skip in (False, True):
+        batch = collate(rows, 3, skip=skip)
+        model.zero_grad()
+        out = model(**batch)
+        out.loss.backward()
+        found.append((out.logits.shape[1], out.loss.item(), model.get_input_embeddings().weight.grad.clone()))
+    (whole, loss, gradient), (kept, same, alike) = found
+    assert (whole, kept) == (6, 6 if on_prompt else 5)
+    assert same == pytest.approx(loss, abs=1e-6) and torch.allclose(alike, gradient, atol=1e-6)

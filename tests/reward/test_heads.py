@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import make_tiny_policy
 
+from irlign import forward
 from irlign.errors import ModelError
 from irlign.records import Contrast, Prompt
-from irlign.reward import model as reward_model
 from irlign.reward.ensemble import combine
 from irlign.reward.heads import SharedHeads
 from irlign.reward.learn import train_reward_of
@@ -54,7 +54,7 @@ def test_saved_heads_are_the_rule_in_any_batch(policy, tmp_path, monkeypatch, ag
     reward = load_reward(tmp_path / "reward")
     assert reward.score(*ASK) == pytest.approx(combine(members_K_B, aggregate, 0.5), abs=1e-5)
     one = np.concatenate([reward.score([p], [c]) for p, c in zip(*ASK, strict=True)])
-    monkeypatch.setattr(reward_model, "CPU_TOKENS", 1)
+    monkeypatch.setattr(forward, "CPU_TOKENS", 1)
     assert reward.score(*ASK) == pytest.approx(one, abs=1e-5)
     dev = PAIRS[1::2]
     better, worse = (reward.score([p.prompt.content for p in dev], [getattr(p, side) for p in dev]) for side in ("better", "worse"))

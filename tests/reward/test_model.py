@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
+from irlign import forward
 from irlign.data.chat import Format, pad
 from irlign.errors import DataError, ModelError
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
 from irlign.progress import QUIET
 from irlign.reward import log_ratio
-from irlign.reward import model as reward_model
 from irlign.reward.load import load_reward, score_all
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.model import Classifier
@@ -69,7 +69,7 @@ def test_the_batch_and_the_padding_change_no_score(published, monkeypatch):
     one = np.concatenate([reward.score([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
     assert np.abs(eight - one).max() < 1e-4
     assert np.abs(reward.score(PROMPTS[::-1], COMPLETIONS[::-1])[::-1] - eight).max() < 1e-4
-    monkeypatch.setattr(reward_model, "CPU_TOKENS", 1)
+    monkeypatch.setattr(forward, "CPU_TOKENS", 1)
     assert np.abs(reward.score(PROMPTS, COMPLETIONS) - eight).max() < 1e-4
     monkeypatch.undo()
 

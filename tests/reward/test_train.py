@@ -10,7 +10,7 @@ from tiny import make_tiny_policy
 from irlign.errors import ModelError
 from irlign.records import Contrast, Prompt
 from irlign.reward.model import Classifier
-from irlign.reward.train import RewardSettings, _collate, accuracy_and_margin, train_reward
+from irlign.reward.train import RewardSettings, _collate, _row, accuracy_and_margin, train_reward
 
 SUBJECTS, VERBS = ("cat", "dog", "bird"), ("sat", "ran", "sang", "sat on the mat", "ran home now")
 
@@ -97,11 +97,13 @@ def test_the_first_logged_loss_is_the_loss(policy, tmp_path):
         assert log["loss"] == pytest.approx(LOSSES[name](better, worse).item(), rel=1e-3)
 
 
-def test_the_collated_batch_by_hand():
+@pytest.mark.parametrize("longer", [False, True])
+def test_the_collated_batch_by_hand(longer):
     rows = [
-        {"input_ids": [1, 5, 2], "worse_ids": [1, 2], "weights": [2.0]},
-        {"input_ids": [1, 2], "worse_ids": [1, 6, 7, 2], "weights": [0.5]},
+        _row([1, 5, 2], [1, 2], [2.0], longer),
+        _row([1, 2], [1, 6, 7, 2], [0.5], longer),
     ]
+    assert [len(row["input_ids"]) for row in rows] == ([3, 4] if longer else [3, 2])  # what the Trainer groups by
     batch = _collate(rows, 3)
     assert batch["input_ids"].tolist() == [[1, 5, 2, 3], [1, 2, 3, 3], [1, 2, 3, 3], [1, 6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from irlign.data.batches import in_batches
 from irlign.data.chat import IGNORED, Encoded, Format, pad
+from irlign.forward import Batch, each_batch
 from irlign.policy.load import Policy, load_policy
 from irlign.records import Sample
 
-CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 LOGITS = 2**30  # at most so many numbers in one batch of logits, whatever the vocabulary: 4 GiB
 
 
@@ -24,21 +23,17 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
     result = np.zeros(len(rows))
     rows = [row.within(policy.max_length) for row in rows]
     vocabulary = int(policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    budget = min(GPU_TOKENS if policy.device.type == "cuda" else CPU_TOKENS, LOGITS // vocabulary)
 
-    def score(batch: list[int]) -> None:
-        ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], policy.pad_id)
-        labels_B_T, _ = pad([rows[i].labels for i in batch], IGNORED)
-        ids_B_T, mask_B_T, labels_B_T = (t.to(policy.device) for t in (ids_B_T, mask_B_T, labels_B_T))
-        logits_B_T_V = policy.model(input_ids=ids_B_T, attention_mask=mask_B_T, use_cache=False).logits[:, :-1].float()
-        targets_B_T = labels_B_T[:, 1:]
+    def read(batch: Batch) -> None:
+        logits_B_T_V = policy.model(**batch.inputs).logits[:, :-1].float()
+        targets_B_T = pad([row.labels for row in batch.rows], IGNORED)[0][:, 1:].to(policy.device)
         nll = torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none")
-        result[batch] = -nll.sum(1).double().cpu().numpy()
+        result[batch.places] = -nll.sum(1).double().cpu().numpy()
         if progress is not None:
-            progress.advance(len(batch))
+            progress.advance(len(batch.rows))
 
     with torch.inference_mode():
-        in_batches([len(r) for r in rows], budget, score, where=f"scoring with {policy.name}")
+        each_batch(policy.model, rows, policy.pad_id, read, where=f"scoring with {policy.name}", most=LOGITS // vocabulary)
     return result
 
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: forward KL over trajectories, `max_pi E_D[sum_t log pi(y_t | s_t)]` (method.md section 2)."""
 
 import copy
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,11 +79,12 @@ def train_sft(
 
     stored, bf16 = policy.model.dtype, precision(policy.model, settings)
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
+    skip = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
     trainer = Trainer(
         model=with_adapter(policy.model, settings, "CAUSAL_LM"),
         args=arguments,
         train_dataset=[{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in rows],  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, policy.pad_id),
+        data_collator=lambda batch: collate(batch, policy.pad_id, skip=skip),
     )
     for name, share in settings.kept.items():
         trainer.add_callback(
@@ -128,8 +130,13 @@ def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any
     return Keep()
 
 
-def collate(batch: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """A dict of `input_ids_B_T`, `attention_mask_B_T`, `labels_B_T`, right-padded; padding carries no loss."""
+def collate(batch: list[dict[str, Any]], pad_id: int, *, skip: bool = False) -> dict[str, Any]:
+    """A dict of `input_ids_B_T`, `attention_mask_B_T`, `labels_B_T`, right-padded; padding carries no loss. `skip`: no logits for the
+    positions before the first that any row has a loss at, since the output layer is a third of a small model: `labels_B_K`, and K."""
     ids_B_T, mask_B_T = pad([row["input_ids"] for row in batch], pad_id)
     labels_B_T, _ = pad([row["labels"] for row in batch], IGNORED)
-    return {"input_ids": ids_B_T, "attention_mask": mask_B_T, "labels": labels_B_T}
+    inputs = {"input_ids": ids_B_T, "attention_mask": mask_B_T}
+    if not skip:
+        return {**inputs, "labels": labels_B_T}
+    start = max(int((labels_B_T != IGNORED).any(0).int().argmax()) - 1, 0)  # the token before an answer tells its first
+    return {**inputs, "labels": labels_B_T[:, start:], "logits_to_keep": labels_B_T.shape[1] - start}

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from irlign.data.batches import blocks, in_batches
-from irlign.data.chat import Encoded, Format, context_length, pad
+from irlign.data.batches import blocks
+from irlign.data.chat import Encoded, Format, context_length
 from irlign.data.pairs import PAIR, PairFormat
 from irlign.errors import ModelError
+from irlign.forward import Batch, each_batch
 from irlign.progress import Progress
 from irlign.records import PromptContent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-CPU_TOKENS, GPU_TOKENS = 2048, 32768  # padded tokens a batch: small ones win on a CPU
 
 
 class RewardModel(Protocol):
@@ -108,21 +107,17 @@ class Classifier:
         """The same of tokenized answers. Shape [rows, K]."""
         import torch
 
-        device = self.model.device
         limit = context_length(self.model.config)
         rows = [row.within(limit) for row in rows]
         rewards = np.zeros((len(rows), int(self.model.config.num_labels or 1)))
-        budget = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+
+        def score(batch: Batch) -> None:
+            rewards[batch.places] = self.model(**batch.inputs).logits.double().cpu().numpy()
+            if progress is not None:
+                progress.advance(len(batch.rows))
+
         with torch.inference_mode():
-
-            def score(batch: list[int]) -> None:
-                ids_B_T, mask_B_T = pad([rows[i].ids for i in batch], self.pad_id)
-                logits_B_K = self.model(input_ids=ids_B_T.to(device), attention_mask=mask_B_T.to(device)).logits
-                rewards[batch] = logits_B_K.double().cpu().numpy()
-                if progress is not None:
-                    progress.advance(len(batch))
-
-            in_batches([len(r) for r in rows], budget, score, where=f"score {self.name}")
+            each_batch(self.model, rows, self.pad_id, score, where=f"score {self.name}")
         if not np.isfinite(rewards).all():
             raise ModelError(
                 f"{int((~np.isfinite(rewards)).sum())} rewards are not finite",

@@ -15,6 +15,7 @@ from irlign.reward.objectives import LOSSES
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
 
 Row = TypeVar("Row")
+LONGER = "longer"  # reward.trainer.length_column_name=longer: pairs are grouped by their longer answer, by default by the better one
 
 
 class RewardSettings(TrainerSettings):
@@ -131,7 +132,8 @@ def fit_classifier(
     parameters = sum(p.numel() for p in reward.model.parameters())
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
     weight_P_K = fold_weights(len(train), heads) * np.array([[pair.weight] for pair in train])
-    rows = [{"input_ids": b.ids, "worse_ids": w.ids, "weights": of.tolist()} for b, w, of in zip(better, worse, weight_P_K, strict=True)]
+    longer = arguments.length_column_name == LONGER
+    rows = [_row(b.ids, w.ids, of.tolist(), longer) for b, w, of in zip(better, worse, weight_P_K, strict=True)]
     trainer = Trainer(
         model=with_adapter(reward.model, settings, "SEQ_CLS"),
         args=arguments,
@@ -181,10 +183,18 @@ def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> tuple[list[Encoded
     return [row.within(limit) for row in better], [row.within(limit) for row in worse]
 
 
+def _row(better: list[int], worse: list[int], weights: list[float], longer: bool) -> dict[str, Any]:
+    """A pair as the Trainer's row, which it groups by the length of `input_ids`: the better answer, or the longer one."""
+    swapped = longer and len(worse) > len(better)
+    first, second = (worse, better) if swapped else (better, worse)
+    return {"input_ids": first, "other_ids": second, "swapped": swapped, "weights": weights}
+
+
 def _collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """Better answers, then worse ones: `input_ids` and `attention_mask` of shape [2B, T]; `labels` [2B, K], a pair's weights twice."""
     import torch
 
-    ids, mask = pad([*(r["input_ids"] for r in rows), *(r["worse_ids"] for r in rows)], pad_id)
+    sides = [(r["other_ids"], r["input_ids"]) if r["swapped"] else (r["input_ids"], r["other_ids"]) for r in rows]
+    ids, mask = pad([ids for side in zip(*sides, strict=True) for ids in side], pad_id)
     weight_B_K = torch.tensor([r["weights"] for r in rows])
     return {"input_ids": ids, "attention_mask": mask, "labels": torch.cat([weight_B_K, weight_B_K])}

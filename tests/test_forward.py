@@ -1,0 +1,73 @@
+"""Rows through a model: a shared prompt gives what the whole row gives, in whatever batches, and is read once."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_tiny_policy
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from irlign import forward
+from irlign.data.chat import Encoded
+from irlign.forward import each_batch
+
+PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 7], [5], [1, 13, 14, 15], [8, 9]]
+ANSWERS = [[20, 21, 2], [2], [22, 9, 10, 30, 2], [25, 2]]
+ROWS = [Encoded(p, a) for a in ANSWERS for p in PROMPTS] + [Encoded([1, 30, 31], [22, 2])]
+
+
+def batches(model, rows, pad_id, **most):
+    found = []
+    each_batch(model, rows, pad_id, found.append, where="the test", **most)
+    return found
+
+
+def _model(kind, folder):
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.25}
+    torch.manual_seed(0)
+    if kind == "mistral":  # a window shorter than the texts
+        heads = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
+        return MistralForCausalLM(MistralConfig(**sizes, **heads)).eval()
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(**sizes, state_size=8, use_cache=True)).eval()
+    return AutoModelForCausalLM.from_pretrained(make_tiny_policy(folder, architecture=kind)).eval()
+
+
+def _alone(model, row):
+    """Logits of the answer and of the token before it, the row by itself."""
+    return model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, len(row.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("budget", [1, 12, 1024])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "mamba"])
+def test_every_row_once_and_as_it_is_alone(kind, budget, tmp_path, monkeypatch):
+    model = _model(kind, tmp_path)
+    monkeypatch.setattr(forward, "CPU_TOKENS", budget)
+    seen = []
+    with torch.inference_mode():
+        for batch in batches(model, ROWS, pad_id=3):
+            logits_B_T_V = model(**batch.inputs).logits
+            for place, row, logits_T_V in zip(batch.places, batch.rows, logits_B_T_V, strict=True):
+                assert row.completion_ids == ROWS[place].completion_ids and row.prompt_ids[-1] == ROWS[place].prompt_ids[-1]
+                found = logits_T_V[len(row.prompt_ids) - 1 : len(row)]
+                assert (found - _alone(model, ROWS[place])).abs().max() < 1e-4
+                seen.append(place)
+    assert sorted(seen) == list(range(len(ROWS)))
+
+
+@pytest.mark.parametrize(("kind", "shares"), [("llama", True), ("gpt2", True), ("mistral", True), ("mamba", False)])
+def test_a_prompt_of_several_answers_is_read_once(kind, shares, tmp_path):
+    model = _model(kind, tmp_path)
+    with torch.inference_mode():
+        read = [(place, row) for batch in batches(model, ROWS, pad_id=3) for place, row in zip(batch.places, batch.rows, strict=True)]
+    for place, row in read:
+        several = len(ROWS[place].prompt_ids) > 1 and place != len(ROWS) - 1  # the last row's prompt has one answer
+        assert len(row.prompt_ids) == (1 if several and shares else len(ROWS[place].prompt_ids))
+
+
+def test_a_batch_stays_within_its_tokens(tmp_path):
+    model = _model("llama", tmp_path)
+    rows = [Encoded([1] * 41, [*range(5, 5 + n), 2]) for n in range(1, 20)]
+    with torch.inference_mode():
+        sizes = [batch.inputs["attention_mask"].shape for batch in batches(model, rows, pad_id=3, most=60)]
+        own = [batch.inputs["input_ids"].shape for batch in batches(model, rows, pad_id=3, most=60)]
+    assert len(own) > 3 and np.prod(own, axis=1).max() <= 60 and np.prod(sizes, axis=1).max() <= 60 * forward.KEPT
