@@ -214,7 +214,10 @@ def _fits(trainer: "Trainer", size: int) -> bool:
         torch.cuda.empty_cache()
     trainer._train_batch_size = trainer.args.per_device_train_batch_size = size
     try:
+        kept = trainer.optimizer is not None and trainer.optimizer.state
+        moments = [] if kept else [torch.empty_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in "mv"]  # type: ignore[union-attr]
         trainer.training_step(trainer.model_wrapped, next(iter(trainer.get_train_dataloader())))
+        del moments  # what AdamW keeps, which a failure in the first step has not seen yet
     except (RuntimeError, MemoryError, ValueError):
         return False
     return True
