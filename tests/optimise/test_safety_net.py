@@ -79,6 +79,14 @@ def test_each_alarm_goes_off_where_it_should():
     assert alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
 
 
+def test_a_candidate_with_an_alarm_is_not_published():
+    grown = Candidate("round-1", np.full(50, 2.0) + np.arange(50) / 50, {"alarms": [{"name": "the answers have grown"}]})
+    plain = Candidate("round-2", np.full(50, 0.5) + np.arange(50) / 50, {"alarms": []})
+    assert choose([grown])[0] == "sft" and choose([grown, plain])[0] == "round-2" and choose([plain, grown])[0] == "round-2"
+    why = choice_of([grown], {})["why"]
+    assert why == "round 1 is judged better and raises an alarm (the answers have grown), so SFT is kept"
+
+
 def test_choice_json_says_why():
     sft = {"tokens": 20.0}
     up, down = choice_of(_candidates([0.5], 100, 0), sft), choice_of(_candidates([0.0, -0.5], 100, 1), sft)

@@ -92,13 +92,14 @@ def alarms_of(
 
 
 def choose(candidates: Sequence[Candidate]) -> tuple[str, list[float]]:
-    """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), and
-    pi_SFT where no bound lies above 0."""
+    """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), among
+    those without an alarm, and pi_SFT where none of these bounds lies above 0. A policy whose answers grow or repeat may please the judge as
+    it pleases the reward (docs/studies/frozen_reward.md)."""
     if not candidates:
         return SFT, []
     low_C = lower_bounds(np.stack([c.gains_P for c in candidates], axis=1), ALPHA / len(candidates))
-    best = int(low_C.argmax())
-    return candidates[best].name if low_C[best] > 0 else SFT, low_C.tolist()
+    best = max((k for k, c in enumerate(candidates) if not c.about.get("alarms")), key=lambda k: low_C[k], default=None)
+    return candidates[best].name if best is not None and low_C[best] > 0 else SFT, low_C.tolist()
 
 
 def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
@@ -108,10 +109,11 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
     """
     published, low_C = choose(candidates)
     count = f"{len(candidates)} candidates" if len(candidates) > 1 else "the one candidate"
-    why = {
-        True: f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}",
-        False: f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept",
-    }[published != SFT]
+    why = f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept"
+    if published != SFT:
+        why = f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}"
+    elif alarmed := next((c for c, low in zip(candidates, low_C, strict=True) if low > 0), None):
+        why = f"{alarmed.name.replace('-', ' ')} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
     for candidate, low in zip(candidates, low_C, strict=True):
         found[candidate.name] = {"gain": {"mean": float(candidate.gains_P.mean()), "low": low}, **candidate.about}
