@@ -56,14 +56,15 @@ def recipe(tmp_path, model):
 def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     code, out, err = _run(capsys, "run", "--config", recipe)
     assert (code, err) == (0, "") and "no golden reward" in out and (tmp_path / "out/report.html").is_file()
-    assert "<script" not in (tmp_path / "out/report.html").read_text()
+    assert "<script src" not in (tmp_path / "out/report.html").read_text()
 
 
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
     assert (
         code == 2
-        and "optimise.method: expected 'distill', 'weighted-sft', 'dpo', 'spin', 'kto', 'rloo', 'grpo' or 'none', got 'sorcery'" in err
+        and "optimise.method: expected 'distill', 'weighted-sft', 'dpo', 'spin', 'ditto', 'kto', 'gsil', 'rloo', 'grpo', 'rlsr', 'gad' or 'none', got 'sorcery'"
+        in err
     )
     assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
     assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
@@ -293,7 +294,7 @@ def test_model_output_is_escaped(capsys, recipe, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["completion"] + " <script>alert(1)</script>"} for row in GOOD]
     assert _run(capsys, "run", "--config", recipe, f"dataset_name={_lines(tmp_path / 'script.jsonl', rows)}")[0] == 0
     page = (tmp_path / "out/report.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
 def test_sigterm_says_that_the_run_can_go_on(recipe, tmp_path):

@@ -89,6 +89,7 @@ def test_everything_the_contract_names_is_there(finished):
 def test_results_keep_their_promises(finished):
     results = json.loads((finished / "evaluation/results.json").read_text())
     parts = {"headline", "golden", "heldout", "choice", "optimise", "adaptive", "alarms", "base", "tests", "curve", "run", "pairwise"}
+    parts |= {"goldens", "reward_bench", "lm_eval"}
     assert set(results) == parts
     golden = results["golden"]
     assert results["curve"]["n"] == [1, 2, 4] and set(golden["best_of_n"]) == {"1", "2", "4"}

@@ -6,11 +6,12 @@ the training is over all but the first leave (`training.fit`), so that whatever 
 
 import contextlib
 import os
-import pickle
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +20,14 @@ from pydantic import Field
 
 from irlign.config import Settings
 from irlign.errors import ConfigError, IrlignError, RunError
-from irlign.files import hash_path, remove, replacing
+from irlign.files import hash_path, remove
 from irlign.machine import has_cuda
 from irlign.progress import hush, say
 
-CALL, ANSWER, ERROR, LOG, CONFIG = "call.pickle", "answer.pickle", "error-{}.pickle", "launch.log", "accelerate.yaml"
+LOG, CONFIG = "launch.log", "accelerate.yaml"
+ADDRESS, KEY = "IRLIGN_LAUNCH_ADDRESS", "IRLIGN_LAUNCH_KEY"  # where the processes are told what to do; the key is made anew each time
 PATIENCE_S = 30  # for the processes to end by themselves
+LAST_WORDS_S = 5  # to hear what a process that has ended had sent
 COMMON = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "machine_rank": 0, "mixed_precision": "no", "main_process_port": 0}
 PRESETS: dict[str | None, dict[str, Any]] = {  # what `accelerate config` would write
     None: {"distributed_type": "MULTI_GPU"},  # on a CPU too: the Trainer then takes gloo
@@ -103,14 +106,42 @@ def launch(
     place = checkpoints / "launch"
     remove(place)
     place.mkdir(parents=True)
-    (place / CALL).write_bytes(pickle.dumps((function, args, options)))
-    code = _run(_command(processes, place), place / LOG, processes.num_processes)
-    errors = [pickle.loads(path.read_bytes()) for path in sorted(place.glob(ERROR.format("*")))]
-    if errors:
-        raise errors[0]
-    if not (place / ANSWER).exists():
+    key = os.urandom(32)
+    with Listener(authkey=key) as listener:  # nothing that could be run is ever read from a file
+        exchange = Exchange(listener, (function, args, options), processes.num_processes)
+        code = _run(_command(processes, place), place / LOG, processes.num_processes, {ADDRESS: str(listener.address), KEY: key.hex()})
+        exchange.close()
+    if exchange.errors:
+        raise exchange.errors[min(exchange.errors)]
+    if 0 not in exchange.answers:
         raise RunError(f"training in {processes.num_processes} processes ended without a result, exit code {code}", where=place / LOG)
-    return pickle.loads((place / ANSWER).read_bytes())
+    return exchange.answers[0]
+
+
+class Exchange:
+    """Tells each process the call that it is to make, and keeps what it answers, or its error, by its rank."""
+
+    def __init__(self, listener: Listener, call: tuple[Any, ...], count: int):
+        self.answers: dict[int, Any] = {}
+        self.errors: dict[int, Exception] = {}
+        self.talks = [threading.Thread(target=self._talk, args=(listener, call), daemon=True) for _ in range(count)]
+        for talk in self.talks:
+            talk.start()
+
+    def _talk(self, listener: Listener, call: tuple[Any, ...]) -> None:
+        # it may have ended without a word, or the wait is over
+        with contextlib.suppress(EOFError, OSError), listener.accept() as told:
+            told.send(call)
+            rank, error, answer = told.recv()
+            if error is not None:
+                self.errors[rank] = error
+            else:
+                self.answers[rank] = answer
+
+    def close(self) -> None:
+        """Hear out what is still on its way."""
+        for talk in self.talks:
+            talk.join(LAST_WORDS_S if self.answers.keys() | self.errors.keys() else 1)
 
 
 def _command(processes: ProcessSettings, place: Path) -> list[str]:
@@ -123,9 +154,9 @@ def _command(processes: ProcessSettings, place: Path) -> list[str]:
     return [*launcher, "--module", "irlign.launch", str(place)]
 
 
-def _run(command: list[str], log: Path, count: int) -> int:
+def _run(command: list[str], log: Path, count: int, told: dict[str, str]) -> int:
     """The launcher's exit code. What the first process says is said here; what the libraries print goes to the log."""
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **told}
     with log.open("wb") as errors, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, preexec_fn=_end_with_parent
     ) as process:  # fmt: skip
@@ -161,20 +192,26 @@ def main() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before a model is put on "the" device
-    function, args, options = pickle.loads((place / CALL).read_bytes())
+    address, key = os.environ.pop(ADDRESS), bytes.fromhex(os.environ.pop(KEY))
+    with Client(address, authkey=key) as told:
+        function, args, options = told.recv()
+        _answer(told, place, rank, function, args, options)
+
+
+def _answer(told: Connection, place: Path, rank: int, function: Callable[..., Any], args: Any, options: Any) -> None:
     try:
         answer = function(*args, **options)
     except SystemExit:  # its share is done
         _leave()
     except IrlignError as error:
-        _write(place / ERROR.format(rank), error)
+        told.send((rank, error, None))
         sys.exit(error.exit_code)
     except Exception as error:
         traceback.print_exception(error, file=sys.__stderr__)
         line = (str(error).strip() or "no message").splitlines()[0]
-        _write(place / ERROR.format(rank), RunError(f"unexpected {type(error).__name__} in process {rank}: {line}", where=place / LOG))
+        told.send((rank, RunError(f"unexpected {type(error).__name__} in process {rank}: {line}", where=place / LOG), None))
         sys.exit(1)
-    _write(place / ANSWER, answer)
+    told.send((rank, None, answer))
     _leave()
 
 
@@ -182,11 +219,6 @@ def _leave() -> NoReturn:
     """End at once and well: threads of the process group may abort an interpreter that is being taken down, and the launcher then ends the others."""
     sys.stdout.flush()
     os._exit(0)
-
-
-def _write(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(pickle.dumps(value))
 
 
 if __name__ == "__main__":

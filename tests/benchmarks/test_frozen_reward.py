@@ -35,14 +35,14 @@ def test_the_table_by_hand():
 
 def test_both_arms_of_a_small_world(tmp_path, monkeypatch):
     pytest.importorskip("trl")
-    from irlign.optimise import rloo
+    from irlign.optimise import methods
 
     own = {k: bench.RECIPE["optimise"][k] for k in ("method", "refresh", "on_policy")}
     small = small_recipe(tmp_path, best_of_n={"likelihood": 0.0}, optimise={**own, "max_steps": 1}, reward={"contrast": "init-demo"})
     monkeypatch.setattr(bench, "RECIPE", small)
     loaded = []
-    load = rloo.load_resident
-    monkeypatch.setattr(rloo, "load_resident", lambda path: loaded.append(path) or load(path))
+    load = methods.load_resident
+    monkeypatch.setattr(methods, "load_resident", lambda path: loaded.append(path) or load(path))
     bench.main([str(tmp_path), "--seeds", "0", "--rounds", "2", "--json", str(tmp_path / "found.json")])
     assert [path.name for path in loaded] == ["init-demo", "init-demo", "current-demo"]
     arms = json.loads((tmp_path / "found.json").read_text())["0"]

@@ -104,7 +104,7 @@ def _train(method, policy, folder, **settings):
 
 
 @pytest.mark.parametrize(("method", "peft"), [("rloo", False), ("rloo", True), ("grpo", False)])
-def test_it_learns_what_the_reward_wants(tmp_path, policy, monkeypatch, method, peft):
+def test_it_learns_what_the_reward_wants(tmp_path, policy, method, peft):
     settings = {"num_train_epochs": 8, "use_peft": peft, "lora_r": 4, "learning_rate": 3e-2 if peft else 1e-2}
     log = _train(method, policy, tmp_path, **settings)
     assert log["steps"] == 24 == len(log["losses"]) and np.isfinite(log["losses"]).all() and (log["rows"], log["left_out"]) == (6, 0)
@@ -144,12 +144,12 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path, policy, monkeypat
                 raise Killed
 
     saving = {"num_train_epochs": 4, "max_steps": 6, "trainer": {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}}
-    whole = _train("grpo", policy, tmp_path / "whole", monkeypatch, **saving)
+    whole = _train("grpo", policy, tmp_path / "whole", **saving)
     with monkeypatch.context() as patch:
         patch.setattr(training, "Progress", Dying)
         with pytest.raises(Killed):
-            _train("grpo", policy, tmp_path / "cut", monkeypatch, **saving)
+            _train("grpo", policy, tmp_path / "cut", **saving)
     assert (tmp_path / "cut/checkpoints/checkpoint-3").is_dir()
-    assert _train("grpo", policy, tmp_path / "cut", monkeypatch, **saving) == whole and math.isfinite(whole["loss"])
+    assert _train("grpo", policy, tmp_path / "cut", **saving) == whole and math.isfinite(whole["loss"])
     weights = [(tmp_path / name / "aligned/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]

@@ -89,8 +89,8 @@ def test_whose_answers_stand_on_which_side(monkeypatch, refresh, replay, better,
 def test_a_refreshed_reward_is_trained_used_and_published(copied, judge, monkeypatch):
     """Three rounds of distill, each from the round before: what scores the winners, what is said of it, and that it loads when moved."""
     used, started = [], []
-    score, train = methods.score_all, align.METHODS["distill"].train
-    monkeypatch.setattr(methods, "score_all", lambda folders, *a: used.append(folders["reward"]) or score(folders, *a))
+    score, train = methods.scores_of, align.METHODS["distill"].train
+    monkeypatch.setattr(methods, "scores_of", lambda folders, *a: used.append(folders["reward"]) or score(folders, *a))
     recorded = align.METHODS["distill"]._replace(train=lambda start, *a, **k: started.append(start) or train(start, *a, **k))
     monkeypatch.setitem(align.METHODS, "distill", recorded)
     run_stage("optimise", small_recipe(copied, optimise={"rounds": 3, "refresh": "current-demo"}))
@@ -141,8 +141,8 @@ def test_on_policy_rounds_go_on_with_the_refreshed_reward(copied, judge, monkeyp
     from irlign.optimise import rloo
 
     loaded, paid = [], []
-    load, function = rloo.load_resident, rloo.reward_function
-    monkeypatch.setattr(rloo, "load_resident", lambda path: loaded.append(path) or load(path))
+    load, function = methods.load_resident, rloo.reward_function
+    monkeypatch.setattr(methods, "load_resident", lambda path: loaded.append(path) or load(path))
     monkeypatch.setattr(rloo, "reward_function", lambda *a: paid.append(a[-1]) or function(*a))
     own = {"method": "rloo", "rounds": 2, "refresh": "init-current", "replay": False, "max_steps": 2, "on_policy": {"objective": "fairl"}}
     run_stage("optimise", small_recipe(copied, **PLAIN, optimise=own))
