@@ -12,10 +12,12 @@ of the work may have been done twice: the training steps between two checkpoints
 import argparse
 import collections
 import functools
+import hashlib
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -205,10 +207,14 @@ def up_to(stage: str) -> None:
 
 
 def listing(root: Path) -> dict[str, str]:
-    """Every file of a run with the hash of its content; of the manifest what does not tell the time."""
+    """Every file of a run with the hash of its content; of the manifest what does not tell the time, of the page what is not its path."""
     found = {p.relative_to(root).as_posix(): hash_path(p) for p in sorted(root.rglob("*")) if p.is_file() and p.name != ".lock"}
     stages = read_json(root / "manifest.json")["stages"]
     kept = {n: {k: e[k] for k in ("status", "inputs", "settings_sha256", "outputs", "seed")} for n, e in stages.items()}
+    if "report.html" in found:
+        place = re.escape(str(root.parent.parent)) + "/[^/]+/run"  # a page that was ready before the run was moved tells its old path
+        page = re.sub(place, "RUN", (root / "report.html").read_text(encoding="utf-8"))
+        found["report.html"] = kept["report"]["outputs"]["report.html"] = hashlib.sha256(page.encode()).hexdigest()
     return {**found, "manifest.json": json.dumps(kept, sort_keys=True), "recipe.yaml": ""}
 
 
