@@ -16,6 +16,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
+from irlign.files import read_json, write_json
 from irlign.optimise.best_of_n import scored_text
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.preference import need_trl
@@ -157,8 +158,9 @@ def train_on_policy(
     transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
     reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
 
-    Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were not), `drawn` (tokens of the answers
-    since the last resume), and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no prompt is left.
+    Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were not), `drawn` (tokens of the answers),
+    and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no
+    prompt is left.
     """
     from datasets import Dataset
     from transformers import set_seed
@@ -175,10 +177,12 @@ def train_on_policy(
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
     scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective)
-    drawn: list[int] = []
+    kept = checkpoints / "drawn.json"  # tokens by step, so that a training that goes on knows what was drawn before
+    drawn: dict[str, int] = read_json(kept) if kept.exists() else {}
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
-        drawn.extend(map(len, completion_ids))
+        drawn[str(trainer.state.global_step)] = sum(map(len, completion_ids))
+        write_json(kept, drawn)
         return [*scorer(completion_ids, **given)]
 
     trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
@@ -193,7 +197,7 @@ def train_on_policy(
     tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
     save_policy(tuned, folder)
     asked = len({row["index"] for row in rows})
-    counts = {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn)}
+    counts = {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
     return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, **counts}
 
 
