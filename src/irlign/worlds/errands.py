@@ -52,6 +52,7 @@ class ErrandsWorld(World):
     style: ClassVar[Style] = STYLE
 
     name: Literal["errands"] = "errands"
+    corpus_lines: int = 16000
 
     def patterns(self) -> list[Pattern]:
         """The user's turns with their slots open; nothing is taken back in one request of five."""
