@@ -56,7 +56,7 @@ def recipe(tmp_path, model):
 def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     code, out, err = _run(capsys, "run", "--config", recipe)
     assert (code, err) == (0, "") and "no golden reward" in out and (tmp_path / "out/report.html").is_file()
-    assert "<script src" not in (tmp_path / "out/report.html").read_text()
+    assert (tmp_path / "out/report.html").read_text().count("<script") == 1
 
 
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
@@ -294,7 +294,7 @@ def test_model_output_is_escaped(capsys, recipe, tmp_path):
     rows = [{"prompt": row["prompt"], "completion": row["completion"] + " <script>alert(1)</script>"} for row in GOOD]
     assert _run(capsys, "run", "--config", recipe, f"dataset_name={_lines(tmp_path / 'script.jsonl', rows)}")[0] == 0
     page = (tmp_path / "out/report.html").read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    assert page.count("<script>") == 1 and "&lt;script&gt;" in page
 
 
 def test_sigterm_says_that_the_run_can_go_on(recipe, tmp_path):
