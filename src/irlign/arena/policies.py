@@ -19,9 +19,8 @@ from irlign.reward.publish import LIKELIHOOD, publish_log_ratios
 OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
-SETTINGS: Mapping[
-    str, Mapping[str, Any]
-] = {  # over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml, the others use about as many tokens and are not tuned
+# Over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml, the others are not tuned, and draw and train unlike numbers of tokens.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "distill": {"answers": 32, "winners": 2, "learning_rate": 1e-3, "num_train_epochs": 4},
     "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
     "dpo": {"answers": 32, "learning_rate": 1e-4, "num_train_epochs": 4},
