@@ -5,6 +5,7 @@
 A run of the smallest model is made, served on loopback, and asked whatever the document allows and much that it does not.
 """
 
+# ruff: noqa: E402
 import argparse
 import os
 import subprocess
@@ -13,6 +14,10 @@ import tempfile
 from pathlib import Path
 
 os.environ["IRLIGN_QUIET"] = "1"
+
+from irlign.progress import hush
+
+hush()  # before transformers is imported
 
 from served import serving
 from small import small_recipe

@@ -270,6 +270,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=100)
     given = parser.parse_args()
     os.environ["IRLIGN_QUIET"] = "1"
+    from irlign.progress import hush
+
+    hush()  # before transformers is imported
     from irlign.pipeline import run_stage
 
     with tempfile.TemporaryDirectory(prefix="irlign-soak-") as place:
