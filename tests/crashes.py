@@ -44,7 +44,7 @@ from irlign.files import hash_path, read_json
 from irlign.sampling.transformers_engine import TransformersEngine
 
 STAGES = ("pretrain", "data", "sft", "sample", "reward", "bon", "optimise", "eval", "report")
-METHODS = ("distill", "weighted-sft", "dpo", "spin", "kto", "rloo", "grpo")
+METHODS = ("distill", "weighted-sft", "dpo", "spin", "ditto", "kto", "gsil", "rloo", "grpo", "rlsr", "gad")
 CALLS = ("replace", "rename", "mkdir", "rmdir", "unlink", "fsync")
 STEPS = 2  # between two checkpoints
 SAVING = {"trainer": {"save_strategy": "steps", "save_steps": STEPS, "use_cpu": True}}

@@ -40,7 +40,7 @@ def document(model: str, reward: str) -> dict[str, Any]:
     paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": _responses()}} for path, text in GETS.items()}
     for path, (kind, text) in POSTS.items():
         body = {"required": True, "content": _json(kind.__name__)}
-        streamed = {} if kind is Score else {"text/event-stream": {"schema": {}}}
+        streamed: dict[str, Any] = {} if kind is Score else {"text/event-stream": {"schema": {}}}
         paths[path] = {"post": {"summary": text, "requestBody": body, "responses": _responses(streamed)}}
     return {
         "openapi": "3.1.0",
