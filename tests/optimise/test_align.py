@@ -2,9 +2,7 @@
 a stand-in here: it is told what to see."""
 
 import json
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,18 +17,6 @@ from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("aligned") / "run"
-    run_stage("bon", small_recipe(folder))
-    return folder
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -25,18 +25,6 @@ from irlign.sampling.pools import read_pool, stored_samples
 PLAIN = {"best_of_n": {"likelihood": 0.0}}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rounds") / "run"
-    run_stage("bon", small_recipe(folder))
-    return folder
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 @pytest.fixture
 def judge(monkeypatch):
     """The judge alone is a stand-in: every round is better than the one before."""
