@@ -75,7 +75,7 @@ def test_shares_of_what_best_of_16_gains():
 
 def test_rows_and_settings():
     assert rows_named("policy: d*") == ["initial policy", "SFT", "policy: distill", "policy: dpo", "policy: ditto"]
-    assert len(rows_named(STUDIES["policies"].rows)) == 3 + len(SETTINGS)
+    assert len(rows_named(STUDIES["policies"].rows)) == 4 + len(SETTINGS)
     assert not any(name.startswith("policy: ") for name in rows_named(None))
     recipe = Place("x", (*TINY, ("optimise.learning_rate", 5e-3), ("optimise.rounds", 3)), 0).recipe()
     own = with_method(recipe, "rloo").optimise

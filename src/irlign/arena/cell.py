@@ -4,9 +4,9 @@ Rewards are trained when a method first asks for them and stored, so a cell that
 methods, goes on. The golden reward is out of reach here, but for `preferences`, the labelled reference.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -171,22 +171,28 @@ class Cell:
         )
 
     def fine_tuned(self, name: str, changes: Mapping[str, Any]) -> str:
-        """Another SFT policy, with changes to the recipe's SFT settings, and a pool of its answers to the test prompts; its name."""
+        """Another SFT policy, with changes to the recipe's SFT settings; see `tuned`."""
+        from irlign.policy.sft import train_sft
+
+        sides = self.demonstrations("train"), self.demonstrations("dev")
         settings = self.recipe.sft.model_copy(update=dict(changes))
+        return self.tuned(name, partial(train_sft, self.run.path("policies/init"), *sides, settings), {"sft": settings})
+
+    def tuned(self, name: str, train: Callable[..., dict[str, Any]], settings: Any) -> str:
+        """Another policy, which `train` puts into the folder it is given, and a pool of its answers to the test prompts; its name. `settings`
+        are all that the policy depends on beside the cell."""
         sampling, template, seed = self.recipe.sampling, self.recipe.data.chat_template, self.run.seed
 
         def build(folder: Path) -> dict[str, Any]:
-            from irlign.policy.sft import train_sft
             from irlign.sampling.pools import draw_pool
 
-            sides = self.demonstrations("train"), self.demonstrations("dev")
-            places: dict[str, Any] = {"folder": folder / "policies" / name, "checkpoints": folder / "checkpoints"}
-            train_sft(self.run.path("policies/init"), *sides, settings, chat_template=template, seed=seed, report_to="none", **places)
+            policy, pool = folder / "policies" / name, folder / f"pools/{name}.parquet"
+            log = train(folder=policy, checkpoints=folder / "checkpoints", chat_template=template, seed=seed, report_to="none")
             wanted = [(d.prompt, sampling.initial_generations) for d in self.demonstrations("test")]
-            pool = folder / f"pools/{name}.parquet"
-            return draw_pool(places["folder"], wanted, sampling, chat_template=template, folder=pool, seed=seed, name=name)
+            drawn = draw_pool(policy, wanted, sampling, chat_template=template, folder=pool, seed=seed, name=name)
+            return {**drawn, "tokens": _tokens(log.get("training", log))}
 
-        self._do(f"policy-{name}", build, {"sft": settings}, [f"policies/{name}", f"pools/{name}.parquet"])
+        self._do(f"policy-{name}", build, settings, [f"policies/{name}", f"pools/{name}.parquet"])
         return name
 
     def _pairs(self, settings: RewardSettings, split: str, noise: float) -> dict[str, Any]:
@@ -197,12 +203,13 @@ class Cell:
         answers = {contrast: answers_of(contrast, **sides) for contrast in settings.weights}
         return contrast_pairs(answers, match=settings.ending == "match", needed=split == "train")[0]
 
-    def preferences(self, split: str, noise: float) -> list[Preference]:
+    def preferences(self, split: str, noise: float, *, whole: bool = False) -> list[Preference]:
         """The labelled reference: pairs of pi_SFT's and pi_0's answers to one prompt, ordered by the golden reward, a share `noise`
-        of the labels flipped. As many pairs as a contrast of the two pools gives. Only the rewards named `preference` see it."""
+        of the labels flipped. As many pairs as a contrast of the two pools gives, fewer where answers that were cut are left out (`whole`).
+        Only the rows that say `labels` see it."""
         golden = golden_of(self.recipe)
         by_prompt: dict[str, tuple[Prompt, list[str]]] = {}
-        for sample in [*self.samples("sft", split), *self.samples("init", split)]:
+        for sample in (s for policy in ("sft", "init") for s in self.samples(policy, split) if s.finished or not whole):
             by_prompt.setdefault(sample.prompt.prompt_id, (sample.prompt, []))[1].append(scored_text(sample))
         found = []
         for prompt, texts in by_prompt.values():

@@ -6,12 +6,16 @@ The leaderboard measures it afterwards, at that n and along the whole curve.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from irlign.arena.cell import Cell
 from irlign.optimise.label_free import choose
+from irlign.optimise.methods import OptimiseSettings
+from irlign.optimise.preference import dpo_config, train_dpo
+from irlign.records import Contrast
 from irlign.reward.controls import CONTROLS, by_prompt, controls
 from irlign.reward.ensemble import combine, standardised
 from irlign.reward.publish import held_to_likelihood
@@ -19,6 +23,8 @@ from irlign.statistics import spread_within
 
 LIKELIHOODS = "likelihoods"
 PENALTY = 0.5  # lambda of mean - lambda * variance
+NOISE = (0.1, 0.2, 0.4)  # shares of labels that are flipped
+DPO = {"method": "dpo", "learning_rate": 1e-4, "num_train_epochs": 1}  # on labelled preferences
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,21 @@ def sft(cell: Cell) -> Pick:
 def sft_on_all_tokens(cell: Cell) -> Pick:
     """SFT with the loss on the prompts' tokens too."""
     return Pick(cell.fine_tuned("sft-all", {"loss_on_prompt": True}), "policy", stages=("policy-sft-all",))
+
+
+def dpo_on_labels(noise: float) -> Method:
+    """DPO from pi_SFT on the labelled preferences, a share `noise` of the labels flipped: no reward, no judge, no safety net."""
+
+    def method(cell: Cell) -> Pick:
+        settings = OptimiseSettings.model_validate(DPO)
+        pairs = [Contrast(p.prompt, p.chosen, p.rejected) for p in cell.preferences("train", noise, whole=True)]
+        config = dpo_config(settings.preference)
+        train = partial(train_dpo, cell.run.path("policies/sft"), pairs, cell.demonstrations("dev"), settings, config=config)
+        stages = ("sft", "sample", f"policy-dpo-{noise}")
+        name = cell.tuned(f"dpo-{noise}", train, {"dpo": settings, "noise": noise})
+        return Pick(name, "labelled", stages=stages, trained=True, learned=cell.trained(("sft", stages[-1])))
+
+    return method
 
 
 def best_of_n(scores: Scores, what: str, *stages: str) -> Method:
@@ -165,7 +186,9 @@ METHODS: Mapping[str, Method] = {
         f"preference (labels {noise:.0%} flipped)": best_of_n(
             learned(f"preference-{noise}", noise, contrast="preference", loss="bradley-terry"), "labelled", f"preference-{noise}"
         )
-        for noise in (0.1, 0.2, 0.4)
+        for noise in NOISE
     },
+    "DPO (labels)": dpo_on_labels(0.0),
+    **{f"DPO (labels {noise:.0%} flipped)": dpo_on_labels(noise) for noise in NOISE},
     **{f"control: {name}": best_of_n(control(name), "control") for name in CONTROLS},
 }

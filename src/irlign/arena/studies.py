@@ -47,7 +47,7 @@ OVER_OPTIMISED: Setting = {  # few demonstrations in a style of their own, a rew
     "reward.learning_rate": 3e-3,
     "reward.num_train_epochs": 8,
 }
-LABELS = f"{CHOSEN},init-sft,likelihood,preference*,init-sft with preference (labels)"
+LABELS = f"{CHOSEN},init-sft,likelihood,preference*,init-sft with preference (labels),DPO (labels*"
 STUDIES: Mapping[str, Study] = {
     "reference": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
@@ -58,7 +58,7 @@ STUDIES: Mapping[str, Study] = {
     "policies": Study(
         [setting for world in WORLDS[:2] for setting in dial(world, "world.heterogeneity", (0.0, 1.0))],
         "0..9",
-        f"{CHOSEN},{OF}*",
+        f"{CHOSEN},{OF}*,DPO (labels)",
         "what each policy method publishes, at one answer a prompt",
     ),
     "stopping": Study(
