@@ -9,8 +9,9 @@ DOCS := .venv-docs
 FUZZ := .venv-fuzz
 
 RAY := .venv-ray
+INTEROP := .venv-interop
 
-.PHONY: quickstart test test-slow test-vllm test-cluster test-browser fuzz crash-test soak lint docs setup
+.PHONY: quickstart test test-slow test-vllm test-cluster test-browser test-interop fuzz crash-test soak lint docs setup
 
 setup: $(VENV)/.installed
 
@@ -73,6 +74,16 @@ test-cluster: setup $(RAY)/.installed
 test-browser: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
 	$(BIN)/python -m pytest -m browser -rs
+
+# What docs/interop.md and docs/elsewhere.md claim of other people's tools, with those tools there; Trackio wants an older Pillow.
+$(INTEROP)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	grep -iv '^pillow=' constraints.txt > $(INTEROP)/constraints.txt
+	$(INTEROP)/bin/pip install --quiet --constraint $(INTEROP)/constraints.txt --editable '.[dev,judge,track,lm-eval]' 'sentence-transformers>=5,<6'
+	touch $@
+
+test-interop: $(INTEROP)/.installed
+	$(INTEROP)/bin/python -m pytest -rs -m 'not vllm' tests/test_interop.py tests/test_trackers.py tests/evaluate/test_lm_eval.py
 
 # The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
 $(DOCS)/.installed: constraints-docs.txt

@@ -300,3 +300,22 @@ def test_progress_in_words(capsys, monkeypatch):
     monkeypatch.setenv("IRLIGN_QUIET", "1")
     progress.say("nothing")
     assert capsys.readouterr().err == ""
+
+
+def test_the_time_left_where_slow_things_end_in_pairs(monkeypatch):
+    """Two at a time, 100 s each pair, the second a second after the first: 50 s each; of quick things only the last half minute counts."""
+    times = iter([0.0, 0.0, *(t for pair in range(1, 6) for t in (100.0 * pair, 100.0 * pair + 1))])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    monkeypatch.setenv("IRLIGN_QUIET", "1")
+    bar = progress.Progress("arena", 40, "cells").__enter__()
+    bar.advance()
+    bar.advance()
+    assert bar.line() == "arena: 2/40 cells, 50.5 s each, 31:59 left"
+    for _ in range(8):
+        bar.advance()
+    assert bar.line() == "arena: 10/40 cells, 50.0 s each, 25:00 left"
+    times = iter([0.0, 0.0, *(10.0 if step <= 100 else 10.0 + step - 100 for step in range(1, 201))])
+    bar = progress.Progress("sft", 400, "steps").__enter__()
+    for _ in range(200):
+        bar.advance()
+    assert bar.rate() == 1.0

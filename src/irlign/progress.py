@@ -22,7 +22,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 PLAIN_SECONDS = 5.0  # between two plain lines
-WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it
+WINDOW_SECONDS = 30.0  # the rate is an average over this much time, so that items of an earlier attempt do not flatter it,
+WINDOW_STEPS = 8  # and over as many steps: what takes minutes and runs side by side ends by twos and threes
 _silenced: list[bool] = []
 _live: list[Any] = []  # the one rich display, and one entry more for each Progress inside it
 
@@ -115,7 +116,7 @@ class Progress:
         self.done += n
         self.note = note or self.note
         self._history.append((now, self.done))
-        while len(self._history) > 2 and now - self._history[0][0] > WINDOW_SECONDS:
+        while len(self._history) > WINDOW_STEPS + 1 and now - self._history[0][0] > WINDOW_SECONDS:
             self._history.popleft()
         if self._task is not None:
             _live[0].update(self._task, completed=self.done, total=self.total, description=self.line())
@@ -124,7 +125,7 @@ class Progress:
             say(self.line())
 
     def rate(self) -> float:
-        """Items a second over the last half minute; 0 before there is anything to divide."""
+        """Items a second over the last half minute, or the last steps where they are slow; 0 before there is anything to divide."""
         (then, before), (now, done) = self._history[0], self._history[-1]
         return (done - before) / (now - then) if now > then else 0.0
 
