@@ -77,8 +77,22 @@ def test_what_is_not_there(module, tmp_path):
         load_golden(str(tmp_path))
 
 
+def test_a_text_past_the_context_of_a_checkpoint_is_told(tmp_path, monkeypatch, capsys):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    monkeypatch.setenv("IRLIGN_QUIET", "0")
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 3}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=60, num_labels=1, max_position_embeddings=8, **shape))
+    model.save_pretrained(tmp_path)
+    make_tiny_tokenizer().save_pretrained(tmp_path)
+    golden = load_golden(str(tmp_path))
+    short, long, longer = golden(["the cat"] * 3, [" ran.", " ran" * 9, " ran" * 20])
+    assert long == pytest.approx(longer) and short != long
+    assert "2 of 3 texts are longer than its 8 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("labels", [1, 2])
-def test_a_checkpoint(tmp_path, labels):
+def test_a_checkpoint(tmp_path, labels, monkeypatch):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -93,6 +107,19 @@ def test_a_checkpoint(tmp_path, labels):
     with torch.no_grad():
         logits = model(**make_tiny_tokenizer()("the cat ran.", return_tensors="pt")).logits[0]
     assert together[0] == pytest.approx((logits[-1] - (logits[0] if labels == 2 else 0)).item(), abs=1e-5)
+    answers = [" ran.", " sat on the mat.", " ran home now.", " sat."]
+    alone = [golden(["the cat"], [answer])[0] for answer in answers]
+    with monkeypatch.context() as patch:  # the memory holds one row at a time
+        forward = LlamaForSequenceClassification.forward
+
+        def small(self, input_ids=None, **given):
+            if len(input_ids) > 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return forward(self, input_ids=input_ids, **given)
+
+        patch.setattr(LlamaForSequenceClassification, "forward", small)
+        assert golden(["the cat"] * 4, answers) == pytest.approx(alone, abs=1e-5)
+    assert golden([], []) == []
     LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape)).save_pretrained(tmp_path / "bad")
     make_tiny_tokenizer().save_pretrained(tmp_path / "bad")
     with pytest.raises(ModelError, match="has no trained head"):

@@ -11,13 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from irlign.data.batches import in_batches
+from irlign.data.chat import context_length
 from irlign.errors import ConfigError, GuardError, IrlignError, ModelError
 from irlign.files import hash_path
+from irlign.machine import has_cuda
+from irlign.progress import say
 from irlign.records import PromptContent
+from irlign.reward.features import CPU_TOKENS, GPU_TOKENS
 from irlign.reward.load import load_reward
 
 Golden = Callable[[Sequence[PromptContent], Sequence[str]], Sequence[float] | np.ndarray]
-BATCH = 32
 OWN = ("*.safetensors", "reward.json")  # the files that tell one reward from another
 
 
@@ -140,7 +144,7 @@ class _Checkpoint:
             )
             raise ModelError(f"the checkpoint {what}, so it is no golden reward", where=path)
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        self.model = model.eval()
+        self.model = model.to("cuda" if has_cuda() else "cpu").eval()
 
     def text(self, prompt: PromptContent, completion: str) -> str:
         """Prompt and answer in the checkpoint's own chat template, or joined as plain text."""
@@ -150,15 +154,25 @@ class _Checkpoint:
         return str(self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False))
 
     def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> list[float]:
+        """Says aloud how many texts lost their end at the checkpoint's context."""
         import torch
 
+        if not prompts:
+            return []
         texts = [self.text(p, c) for p, c in zip(prompts, completions, strict=True)]
-        plain = self.tokenizer.chat_template is None  # a template writes its own BOS
-        options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "truncation": True, "add_special_tokens": plain}
-        scores: list[float] = []
+        limit = min(self.tokenizer.model_max_length, context_length(self.model.config))
+        options: dict[str, Any] = {"add_special_tokens": self.tokenizer.chat_template is None}  # a template writes its own BOS
+        if long := sum(len(ids) > limit for ids in self.tokenizer(texts, verbose=False, **options)["input_ids"]):
+            say(f"golden reward: {long} of {len(texts)} texts are longer than its {limit} tokens, and lose their end")
+        rows = self.tokenizer(texts, truncation=True, max_length=limit, **options)
+        scores, where = np.zeros(len(texts)), self.model.device
+        budget = GPU_TOKENS if where.type == "cuda" else CPU_TOKENS
+
+        def read(batch: list[int]) -> None:
+            padded = self.tokenizer.pad({key: [of[i] for i in batch] for key, of in rows.items()}, return_tensors="pt")
+            logits = self.model(**padded.to(where)).logits.float()
+            scores[batch] = (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).cpu().numpy()
+
         with torch.inference_mode():
-            for start in range(0, len(texts), BATCH):
-                batch = self.tokenizer(texts[start : start + BATCH], **options)
-                logits = self.model(**batch).logits.float()
-                scores += (logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)).tolist()
-        return scores
+            in_batches([len(ids) for ids in rows["input_ids"]], budget, read, where="golden reward")
+        return scores.tolist()
