@@ -44,11 +44,13 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "first_recipe": {"config", "errors", "recipe"},
     "plan": SPINE | {"costs", "sizes", "training", "reward", "optimise", "recipe"},
     "black_box": SPINE | {"data", "sampling", "reward", "recipe"},
-    "inputs": SPINE | {"black_box", "preflight", "data", "policy", "sampling", "recipe"},
+    "summary": SPINE | {"black_box", "recipe"},
+    "inputs": SPINE | {"black_box", "summary", "preflight", "data", "policy", "sampling", "reward", "recipe"},
     "pipeline": SPINE
     | {
         "black_box",
         "preflight",
+        "summary",
         "inputs",
         "launch",
         "data",
@@ -67,7 +69,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     | {"data", "policy", "sampling", "reward", "optimise", "evaluate", "recipe", "preflight", "plan", "report", "plots", "pipeline"},
     "serving": SPINE | {"data", "sampling", "reward", "optimise", "recipe"},
     "serve": SPINE | {"serving"},
-    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "pipeline", "compare", "arena", "serve"},
+    "cli": SPINE | {"recipe", "first_recipe", "inputs", "plan", "optimise", "pipeline", "compare", "arena", "serve"},
     "__init__": {"progress", "pipeline", "reward"},
     "__main__": {"cli"},
 }
@@ -105,6 +107,7 @@ NO_TORCH = {
         "sampling/pools",
         "sampling/given",
         "black_box",
+        "summary",
         "optimise/adaptive",
         "optimise/best_of_n",
         "optimise/scoring",

@@ -16,7 +16,7 @@ from irlign.config import Settings
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.files import read_json, write_json
-from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.preference import need_trl
 from irlign.policy.load import Policy
@@ -93,7 +93,7 @@ def reward_function(
     """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
     answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one."""
     asked, paid = {s.prompt.prompt_id: s.prompt for s in samples}, OBJECTIVES[objective]
-    known = paid(reward.score([s.prompt.content for s in samples], [scored_text(s) for s in samples]))
+    known = paid(reward.score(*scored_texts(samples)))
     center, scale = float(known.mean()), float(known.std()) or 1.0
     tokens: dict[str, list[int]] = {}
     for sample in samples:
