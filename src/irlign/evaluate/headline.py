@@ -36,13 +36,10 @@ def _measured(results: Mapping[str, Any]) -> list[str]:
     if top - end > 1e-9:  # a flat curve has its top anywhere
         fall = find_test(results, f"best_of_{last}", base_of(results)[0] if best == 1 else f"best_of_{best}")
         assert fall is not None
+        noise = f"a fall within the noise {_ci(fall['ci95'])}. "
         lines.append(
             f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {last} ({end:.2f}): "
-            + (
-                "past it the reward is over-optimised. "
-                if verdict(fall["ci95"]) == "worse"
-                else f"a fall within the noise {_ci(fall['ci95'])}. "
-            )
+            + ("past it the reward is over-optimised. " if verdict(fall["ci95"]) == "worse" else noise)
             + "That n is seen with the golden reward only; nothing in the run chose it."
         )
     if (first := find_test(results, "sft", "initial")) is not None:

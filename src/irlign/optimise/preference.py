@@ -143,7 +143,8 @@ def train_dpo(
     """Train the policy in `start`, which is also the reference, on pairs, and save it as a plain transformers checkpoint:
     `-log s(beta (log pi/pi_start(better) - log pi/pi_start(worse)))` a pair (arXiv 2305.18290, equation 7).
 
-    `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence.
+    `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, and the loss on the dev demonstrations (nats
+    a completion token) before and after. Raises ModelError on divergence.
     """
     from trl import DPOTrainer
 
