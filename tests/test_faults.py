@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small import small_recipe
 
-from irlign import pipeline, runs
+from irlign import pipeline
 from irlign.errors import ModelError, RunError
 from irlign.files import hash_path, read_json, read_table
 from irlign.pipeline import run_stage
@@ -295,6 +295,6 @@ def test_a_file_system_without_locks_is_no_second_process(tmp_path, monkeypatch)
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     with pytest.raises(RunError, match="its file system knows no locks: No locks available"):
         Run.open(tmp_path / "run", {"seed": 0})

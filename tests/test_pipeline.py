@@ -12,7 +12,8 @@ import irlign
 from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table
 from irlign.inputs import validate
-from irlign.pipeline import run, run_stage, score
+from irlign.optimise.scoring import score_file
+from irlign.pipeline import run, run_stage
 from irlign.recipe import WORLDS
 from irlign.records import Prompt
 from irlign.reward import features
@@ -290,7 +291,7 @@ def test_scoring_a_file(finished, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         '{"prompt": "How do I fix my bike?", "completion": " Go away."}\n{"prompt": "And?", "completion": ""}\n'
     )
-    assert score(finished / "rewards/init-sft", tmp_path / "in.jsonl", tmp_path / "out/scored.jsonl") == 2
+    assert score_file(finished / "rewards/init-sft", tmp_path / "in.jsonl", tmp_path / "out/scored.jsonl") == 2
     rows = [json.loads(line) for line in (tmp_path / "out/scored.jsonl").read_text().splitlines()]
     wanted = irlign.load_reward(finished / "rewards/init-sft").score([r["prompt"] for r in rows], [r["completion"] for r in rows])
     assert [r["reward"] for r in rows] == pytest.approx(list(wanted))

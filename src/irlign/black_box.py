@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from irlign.data.checks import read_notes
 from irlign.progress import say
 from irlign.recipe import Recipe
 from irlign.records import SPLITS, Demonstration, Prompt
 from irlign.reward.contrasts import contrast_pairs
+from irlign.reward.features import WORDS
 from irlign.runs import Run
 from irlign.sampling.given import describe_given, give_pools, read_answers
 
@@ -56,6 +57,26 @@ def validate_pools(recipe: Recipe, splits: Mapping[str, Sequence[Demonstration]]
             f"{controls['ending_accuracy']:.0%}; reward.max_leak_accuracy is {recipe.reward.max_leak_accuracy:.0%}",
         ]
     )
+
+
+class Source(NamedTuple):
+    """What Best-of-N selects from: the `pool`, the checkpoint by whose features the judge `reads` it, and what n = 1 stands for, `kept`."""
+
+    pool: str
+    reads: Path
+    kept: str
+
+
+def selection_source(recipe: Recipe, run: Run) -> Source:
+    """pi_SFT's pool, read by features of pi_0; stored samples are read by those of the reward's backbone."""
+    if not recipe.pools:
+        return Source("sft", run.path("policies/init"), "SFT")
+    return Source(recipe.pools.pool, Path(recipe.reward.backbone), "the first candidate" if recipe.pools.candidates else "SFT")
+
+
+def why_no_judge(reads: Path, shown: Sequence[Demonstration]) -> str:
+    """Why nothing could judge the answers though there are demonstrations; empty where something can."""
+    return "words alone make no judge of whether an answer belongs to its prompt" if str(reads) == WORDS and shown else ""
 
 
 def stand_for(recipe: Recipe) -> dict[str, Any]:

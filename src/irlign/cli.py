@@ -107,7 +107,7 @@ _stage("reward", "Learn the inverse-RL reward model: rewards/.")
 @app.command()
 def score(reward: str, file: str, output: str) -> None:
     """Score the answers in FILE with the reward in the folder REWARD (rewards/NAME of a run); JSON Lines to OUTPUT."""
-    from irlign.pipeline import score as score_file
+    from irlign.optimise.scoring import score_file
 
     typer.echo(f"{output}: {score_file(reward, file, output)} rows")
 

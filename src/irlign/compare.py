@@ -6,6 +6,7 @@ from typing import Any
 
 from irlign.errors import ConfigError, RunError
 from irlign.files import disk_errors, read_json, read_table
+from irlign.records import verdict
 from irlign.report import render
 from irlign.runs import Run
 from irlign.statistics import paired_test
@@ -36,7 +37,7 @@ def compare_runs(folders: Sequence[str | Path], target: Path) -> list[str]:
             "rows": {name: _row(of) for name, of in results.items()},
             "heldout": {name: _heldout(of) for name, of in results.items()},
             "tests": tests,
-            "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
+            "side": lambda t: verdict(t["ci95"]),
             "settings": differing({name: run.recipe for name, run in runs.items()}),
         }
         render("compare.html", target, context)
@@ -113,7 +114,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]], tests: Sequence[Mapping[
             lines.append(f"Runs without a comparison below have other test prompts than {first}.")
     for t in tests:
         low, high = t["ci95"]
-        words = "is better than" if low > 0 else "is worse than" if high < 0 else "is not shown to differ from"
+        words = {"better": "is better than", "worse": "is worse than", "": "is not shown to differ from"}[verdict(t["ci95"])]
         name = f"{t['a']}, {'the aligned policy' if t['what'] == 'aligned' else 'Best-of-n'},"
         lines.append(f"{name} {words} {t['b']}: {t['mean_difference']:+.2f} [{low:.2f}, {high:.2f}] over {t['prompts']} test prompts.")
     return lines

@@ -2,15 +2,17 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel
 
@@ -55,6 +57,26 @@ def disk_errors(root: Path, stage: str | None = None) -> Iterator[None]:
             what = f"cannot be used: {os.strerror(code).lower()}" + (f" ({name})" if name else "")
             raise RunError(what, where=place, do="give an output_dir that you can write to") from error
         raise
+
+
+def take_lock(root: Path) -> IO[str]:
+    """The lock of a folder, held until the file is closed or the process ends. Raises RunError where another process has it."""
+    lock = (root / ".lock").open("a+", encoding="ascii")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise RunError(f"in use by another process (pid {holder})", where=root, do="wait for it, or give another output_dir") from None
+    except OSError as error:
+        lock.close()
+        what, do = f"its file system knows no locks: {error.strerror}", "give an output_dir on another file system"
+        raise RunError(what, where=root / ".lock", do=do) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {platform.node()}")
+    lock.flush()
+    return lock
 
 
 def error_number(error: Exception) -> int | None:

@@ -1,15 +1,21 @@
-"""What goes into a run: the demonstrations that a recipe names, split, under the format of its model, and what `irlign validate` says of them."""
+"""What goes into a run: the demonstrations that a recipe names, split, under the format of its model, and what `irlign validate` says of them;
+a given checkpoint; both sides of the contrasts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irlign.black_box import validate_pools
+from irlign.data.splits import stored_demonstrations, stored_prompts
 from irlign.errors import DataError, OverlongError
 from irlign.preflight import preflight
 from irlign.recipe import Recipe, as_recipe
-from irlign.records import Demonstration
+from irlign.records import SPLITS, Demonstration
+from irlign.reward.contrasts import Answer, answers_of
+from irlign.runs import Run
 from irlign.sampling.given import given_splits
+from irlign.sampling.pools import stored_samples
+from irlign.summary import stand_ins
 
 
 def read_splits(recipe: Recipe, model: str) -> tuple[dict[str, list[Demonstration]], dict[str, Any]]:
@@ -31,20 +37,6 @@ def read_splits(recipe: Recipe, model: str) -> tuple[dict[str, list[Demonstratio
         eval_dataset=recipe.eval_dataset_name,
         prompt_dataset=recipe.prompt_dataset_name,
     )
-
-
-def stand_ins(files: Mapping[str, Any]) -> list[str]:
-    """What the reader of any result must know about where the answers came from."""
-    words = "the `chosen` answers of a preference file stand in for expert demonstrations"
-    return [f"{name}: {words}" for name, counts in files.items() if counts.get("answers", {}).get("chosen")]
-
-
-def sources(recipe: Recipe) -> tuple[str, str]:
-    """What pi_0 and the demonstrations are, for a card: a file or folder by its own name, not by where it lay."""
-    if recipe.world:
-        return f"a policy pretrained on the corpus of the {recipe.world.name} world", f"the {recipe.world.name} world"
-    model, data = (str(name) for name in (recipe.model_name_or_path, recipe.dataset_name))
-    return f"`{Path(model).name if Path(model).exists() else model}`", f"`{Path(data).name if Path(data).exists() else data}`"
 
 
 def format_of(recipe: Recipe, model: str | None) -> tuple[Any, int]:
@@ -82,3 +74,33 @@ def validate(config: str | Path | Mapping[str, Any] | Recipe | None = None, over
     found = describe(splits, form, max_length=min(recipe.data.max_length or context, context))
     example = next(d for d in splits["train"] if d.completion)
     return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))]), problem
+
+
+def take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
+    """A given checkpoint, checked and saved as the run's own, so that the run can be moved and stays what it was."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        from irlign.data.chat import Format
+        from irlign.policy.load import load_policy, save_policy
+
+        policy = load_policy(source, stage)
+        Format(policy.tokenizer, recipe.data.chat_template)
+        save_policy(policy, folder / "policies" / stage)
+        return {"source": source}
+
+    settings, inputs = {"chat_template": recipe.data.chat_template}, {"checkpoint": source}
+    run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
+
+
+def contrast_answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Answer], list[Answer]]]:
+    """Both sides of every contrast of the recipe on one split. Preferences are split by prompt like everything else."""
+    from irlign.data.demonstrations import load_preferences, preferences_of
+
+    preferences: list[Any] = []
+    if recipe.preference_dataset_name and "preference" in recipe.reward.weights:
+        held = {s: {p.prompt_id for p in stored_prompts(run) if p.split == s} for s in SPLITS}
+        preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
+    sft, *worse = (stored_samples(run, name, split) for name in ("sft", "init", *recipe.sft.kept))
+    init = [sample for pool in worse for sample in pool]
+    demonstrations = stored_demonstrations(run, split)
+    return {c: answers_of(c, sft=sft, init=init, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from irlign import __version__
-from irlign.black_box import black_box_notes, pool_files, stand_for, take_pools
+from irlign.black_box import pool_files, selection_source, take_pools, why_no_judge
 from irlign.data.checks import read_notes
-from irlign.data.splits import stored_demonstrations
-from irlign.errors import ConfigError
-from irlign.files import read_json, read_table, write_json, write_table
-from irlign.inputs import read_splits, sources, stand_ins
+from irlign.data.splits import stored_demonstrations, stored_prompts
+from irlign.files import read_json, write_json, write_table
+from irlign.inputs import contrast_answers, read_splits, take_checkpoint
 from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
 from irlign.optimise.methods import stage_of
-from irlign.preflight import check_method, preflight
+from irlign.preflight import check_stage, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
-from irlign.records import SPLITS, Prompt
+from irlign.records import SPLITS
 from irlign.runs import Run
 from irlign.sampling.given import beside_selection
 from irlign.sampling.pools import stored_samples
+from irlign.summary import sources, stand_ins, summary
 
 Config = str | Path | Mapping[str, Any] | Recipe | None
 
@@ -38,7 +38,7 @@ def init(recipe: Recipe, run: Run) -> None:
         return None
     world = recipe.world
     if world is None:
-        return _take_checkpoint(recipe, run, "init", str(recipe.model_name_or_path))
+        return take_checkpoint(recipe, run, "init", str(recipe.model_name_or_path))
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.pretrain import pretrain
@@ -86,7 +86,7 @@ def sft(recipe: Recipe, run: Run) -> None:
     if recipe.pools:
         return None
     if recipe.sft_model_name_or_path:
-        return _take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
+        return take_checkpoint(recipe, run, "sft", recipe.sft_model_name_or_path)
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.policy.sft import publish_card, train_sft
@@ -123,7 +123,7 @@ def sample(recipe: Recipe, run: Run) -> None:
     """Pools of pi_0 and pi_SFT, by the same engine: train prompts for the reward, dev and test prompts for evaluation. Pools of
     earlier checkpoints are for the reward alone: train and dev."""
     if recipe.pools:
-        return take_pools(recipe, run, _prompts(run))
+        return take_pools(recipe, run, stored_prompts(run))
     settings, earlier = recipe.sampling, list(recipe.sft.kept)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def sample(recipe: Recipe, run: Run) -> None:
         for name in ("init", "sft"):
             sizes[name]["test"] = sizes[name]["dev"]
         for name, held_out in sizes.items():
-            wanted = [(p, {"train": settings.train_generations, **held_out}.get(p.split, 0)) for p in _prompts(run)]
+            wanted = [(p, {"train": settings.train_generations, **held_out}.get(p.split, 0)) for p in stored_prompts(run)]
             statistics[name] = draw_pool(
                 run.path("policies", name),
                 wanted,
@@ -162,7 +162,7 @@ def sample(recipe: Recipe, run: Run) -> None:
 
 def reward(recipe: Recipe, run: Run) -> None:
     """The inverse-RL reward model in rewards/CONTRAST (method.md section 3), and the log-ratios, the baselines without training."""
-    settings, template, preferences, names = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name, _rewards(recipe)
+    settings, template, preferences, names = recipe.reward, recipe.data.chat_template, recipe.preference_dataset_name, recipe.rewards
     own_policy = settings.backbone in ("sft", "init")
     inputs = _inside("pools/init.parquet", "pools/sft.parquet", "data/train.parquet", "data/dev.parquet")
     inputs |= _policies(recipe, "init", "sft") | _inside(*(f"pools/{name}.parquet" for name in recipe.sft.kept))
@@ -171,17 +171,16 @@ def reward(recipe: Recipe, run: Run) -> None:
     reading = {"data": recipe.data} if preferences else {}
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.reward.contrasts import contrast_pairs, guard_leak, leak_controls
+        from irlign.reward.contrasts import contrast_pairs, describe_pairs, guard_leak, leak_controls
+        from irlign.reward.features import known_features
         from irlign.reward.learn import train_reward_of
         from irlign.reward.publish import publish_log_ratios, publish_reward
 
         match, hashes = settings.ending == "match", run.input_hashes(inputs)
-        pairs, left_out, controls = contrast_pairs(_answers(recipe, run, "train"), match=match)
-        dev, _, _ = contrast_pairs(_answers(recipe, run, "dev"), match=match, needed=False)
-        count = sum(map(len, pairs.values()))
-        say(f"reward: {count} pairs, left out: {', '.join(f'{n} {what}'.replace('_', ' ') for what, n in left_out.items())}")
-        say(f"reward: length alone tells {controls['length_accuracy']:.0%} of them apart ({controls['length_accuracy_raw']:.0%} as drawn), "
-            f"the ending {controls['ending_accuracy']:.0%} (finished or not, as drawn: {controls['finished_accuracy_raw']:.0%})")  # fmt: skip
+        pairs, left_out, controls = contrast_pairs(contrast_answers(recipe, run, "train"), match=match)
+        dev, _, _ = contrast_pairs(contrast_answers(recipe, run, "dev"), match=match, needed=False)
+        for line in describe_pairs(pairs, left_out, controls):
+            say(f"reward: {line}")
         for own in pairs.values():
             guard_leak(leak_controls(own), settings.max_leak_accuracy, len(own))
         backbone = run.path("policies", settings.backbone) if own_policy else Path(settings.backbone)
@@ -196,7 +195,7 @@ def reward(recipe: Recipe, run: Run) -> None:
             chat_template=template,
             seed=run.seed,
             report_to=recipe.report_to,
-            features=_known_features(run, backbone, template) if settings.kind == "features" else None,
+            features=known_features(backbone, template, run.path("rewards")) if settings.kind == "features" else None,
             encoder=f"../../policies/{settings.backbone}" if own_policy else None,
             processes=recipe.processes,
         )
@@ -215,44 +214,33 @@ def bon(recipe: Recipe, run: Run) -> None:
     """Best-of-N: every reward scores pi_SFT's pool on dev and test prompts; the trained reward held to what pi_SFT finds likely, or that
     likelihood alone, selects among as many answers as a judge that neither has met allows on dev (method.md section 9, last point), or
     with a budget among as many of those as each prompt deserves (optimise/adaptive.py)."""
-    learned, weight, selectors, given = recipe.reward.name, recipe.best_of_n.likelihood, recipe.selectors, recipe.best_of_n.n
-    source = recipe.pools.pool if recipe.pools else "sft"
-    reads = Path(recipe.reward.backbone) if recipe.pools else run.path("policies/init")  # the judge's features
-    budget = recipe.best_of_n.budget
+    settings, selectors, source = recipe.best_of_n, recipe.selectors, selection_source(recipe, run)
 
     def build(folder: Path) -> dict[str, Any]:
-        from irlign.optimise.adaptive import stop_early
-        from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
+        from irlign.optimise.adaptive import answers_used
+        from irlign.optimise.best_of_n import candidate_rows, scored_texts, select, write_rows
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.optimise.scoring import scores_of
         from irlign.reward.controls import length
-        from irlign.reward.features import WORDS
         from irlign.reward.publish import held_to_likelihood, publish_held
 
-        pool, initial, answers = (
-            stored_samples(run, source, "dev", "test"),
-            stored_samples(run, "init", "dev"),
-            stored_demonstrations(run, "dev"),
-        )
-        prompts, texts = [s.prompt.content for s in pool], [scored_text(s) for s in pool]
-        rewards = {name: run.path("rewards", name) for name in _rewards(recipe)}
-        scores = scores_of(rewards, prompts, texts, recipe.sampling, folder / "scores")
-        if weight:
-            dev = [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
+        pool, initial = stored_samples(run, source.pool, "dev", "test"), stored_samples(run, "init", "dev")
+        shown, texts = stored_demonstrations(run, "dev"), scored_texts(pool)
+        scores = scores_of({name: run.path("rewards", name) for name in recipe.rewards}, *texts, recipe.sampling, folder / "scores")
+        if weight := settings.likelihood:
+            learned, dev = recipe.reward.name, [s.prompt.prompt_id if s.prompt.split == "dev" else None for s in pool]
             scores[selectors[0]], scales = held_to_likelihood(scores[learned], scores["likelihood"], dev, weight)
             publish_held(folder / "rewards", selectors[0], run.path("rewards", learned), scales, weight)
-        no_judge = "words alone make no judge of whether an answer belongs to its prompt" if str(reads) == WORDS and answers else ""
-        verdicts = judge_pool(reads, pool, initial, [] if no_judge else answers, chat_template=recipe.data.chat_template)
-        rows = candidate_rows(pool, {**scores, "length": length(prompts, texts)}, verdicts.logits, verdicts.style)
-        kept = "the first candidate" if source == "candidates" else "SFT"
-        choice = choice_of(rows, selectors, given, demonstrations=len(answers), judge_auc=verdicts.auc, kept=kept, no_judge=no_judge)
-        guard_n(choice, recipe.best_of_n.force)
-        used, choice["adaptive"] = {row["prompt_id"]: choice["n"] for row in rows}, None
-        if budget is not None and choice["n"] > 1:
-            used, choice["adaptive"] = stop_early(rows, choice["reward"], choice["n"], budget)
+        no_judge = why_no_judge(source.reads, shown)
+        verdicts = judge_pool(source.reads, pool, initial, [] if no_judge else shown, chat_template=recipe.data.chat_template)
+        rows = candidate_rows(pool, {**scores, "length": length(*texts)}, verdicts.logits, verdicts.style)
+        about: dict[str, Any] = {"judge_auc": verdicts.auc, "kept": source.kept, "no_judge": no_judge}
+        choice = choice_of(rows, selectors, settings.n, demonstrations=len(shown), **about)
+        guard_n(choice, settings.force)
+        used, choice["adaptive"] = answers_used(rows, choice, settings.budget)
         selected = select(rows, choice["reward"], used)
         if recipe.pools:
-            selected = beside_selection(run.path(f"pools/{source}.parquet"), selected)
+            selected = beside_selection(run.path(f"pools/{source.pool}.parquet"), selected)
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
         write_json(folder / "best_of_n/choice.json", choice)
@@ -261,23 +249,15 @@ def bon(recipe: Recipe, run: Run) -> None:
             say("bon: of these a prompt uses " + ", ".join(f"{n:.2f} on {split}" for split, n in choice["adaptive"]["n"].items()))
         return {"candidates": len(rows), "selected": len(selected), **{key: choice[key] for key in ("reward", "n", "why")}}
 
+    stated = {"n": settings.n, "budget": settings.budget, "selectors": selectors, "likelihood": settings.likelihood, "judge": JUDGE}
+    pools = dict.fromkeys((f"pools/{source.pool}.parquet", "pools/init.parquet", "data/dev.parquet"))
     run.do(
         "bon",
         build,
-        settings={
-            "n": given,
-            "budget": budget,
-            "selectors": selectors,
-            "likelihood": weight,
-            "judge": JUDGE,
-            "chat_template": recipe.data.chat_template,
-        },
-        inputs=_inside(
-            *dict.fromkeys((f"pools/{source}.parquet", "pools/init.parquet", "data/dev.parquet")),
-            *(f"rewards/{name}" for name in _rewards(recipe)),
-        )
-        | (_policies(recipe, "init") or {"backbone": str(reads)}),
-        outputs=["best_of_n", *([f"rewards/{selectors[0]}"] if weight else [])],
+        settings={**stated, "chat_template": recipe.data.chat_template},
+        inputs=_inside(*pools, *(f"rewards/{name}" for name in recipe.rewards))
+        | (_policies(recipe, "init") or {"backbone": str(source.reads)}),
+        outputs=["best_of_n", *([f"rewards/{selectors[0]}"] if settings.likelihood else [])],
     )
 
 
@@ -342,7 +322,7 @@ def evaluate(recipe: Recipe, run: Run) -> None:
             guard_golden(given, [run.path(name) for name in ("rewards", "policies", "optimise")])
         golden = load_golden(spec) if spec else world.golden if world else None
         more = {other: load_golden(other) for other in others}
-        about = _summary(recipe, run)
+        about = summary(recipe, run)
         results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, about, bool(aligned), better, more)
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
@@ -422,14 +402,7 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
     run directory holds is taken, so that `irlign reward output_dir=RUN reward.loss=bradley-terry` is enough.
     """
     recipe = as_recipe(config if config is not None else stored_recipe(overrides), overrides)
-    if recipe.seeds is not None:
-        raise ConfigError("a single stage runs in one run directory", where="seeds", do="give output_dir=OUT/seed-K and no seeds")
-    if recipe.pools and name == "sft":
-        raise ConfigError(
-            "pools gives samples only, so there is no policy to fine-tune", where="irlign sft", do="`irlign reward` learns from them"
-        )
-    if name == "optimise":
-        check_method(recipe)
+    check_stage(name, recipe)
     with Run.open(recipe.output_dir, recipe) as here:
         for stage, function in STAGES.items():
             function(recipe, here)
@@ -438,107 +411,11 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
         return here.root
 
 
-def score(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
-    """Score the answers in a file with a stored reward: OUTPUT gets each row's prompt, completion and `reward`. Returns the rows.
-
-    The same kinds of file as for demonstrations are read; answers may be empty.
-    """
-    from irlign.data.demonstrations import DataSettings, load_demonstrations
-    from irlign.optimise.best_of_n import write_rows
-    from irlign.reward.load import load_reward
-
-    reward = load_reward(reward_dir)
-    rows = load_demonstrations(str(file), DataSettings(), answers=False, distinct=False).demonstrations
-    rewards = reward.score([d.prompt.content for d in rows], [d.completion for d in rows])
-    scored = [{"prompt": d.prompt.content, "completion": d.completion, "reward": float(r)} for d, r in zip(rows, rewards, strict=True)]
-    write_rows(Path(output), scored)
-    return len(scored)
-
-
-def _take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:
-    """A given checkpoint, checked and saved as the run's own, so that the run can be moved and stays what it was."""
-
-    def build(folder: Path) -> dict[str, Any]:
-        from irlign.data.chat import Format
-        from irlign.policy.load import load_policy, save_policy
-
-        policy = load_policy(source, stage)
-        Format(policy.tokenizer, recipe.data.chat_template)
-        save_policy(policy, folder / "policies" / stage)
-        return {"source": source}
-
-    settings, inputs = {"chat_template": recipe.data.chat_template}, {"checkpoint": source}
-    run.do(stage, build, settings=settings, inputs=inputs, outputs=[f"policies/{stage}"])
-
-
 def _policies(recipe: Recipe, *names: str) -> dict[str, str]:
     """The policies of the run as inputs of a stage; none where samples are given in their place."""
     return {} if recipe.pools else _inside(*(f"policies/{name}" for name in names))
 
 
-def _answers(recipe: Recipe, run: Run, split: str) -> dict[str, tuple[list[Any], list[Any]]]:
-    """Both sides of every contrast of the recipe on one split. Preferences are split by prompt like everything else."""
-    from irlign.data.demonstrations import load_preferences, preferences_of
-    from irlign.reward.contrasts import answers_of
-
-    preferences: list[Any] = []
-    if recipe.preference_dataset_name and "preference" in recipe.reward.weights:
-        held = {s: {p.prompt_id for p in _prompts(run) if p.split == s} for s in SPLITS}
-        preferences = preferences_of(load_preferences(recipe.preference_dataset_name, recipe.data)[0], split, held, recipe.seed)
-    sft, *worse = (stored_samples(run, name, split) for name in ("sft", "init", *recipe.sft.kept))
-    init = [sample for pool in worse for sample in pool]
-    demonstrations = stored_demonstrations(run, split)
-    return {c: answers_of(c, sft=sft, init=init, demonstrations=demonstrations, preferences=preferences) for c in recipe.reward.weights}
-
-
-def _known_features(run: Run, backbone: Path, template: str) -> Any:
-    """The frozen features of the backbone, with what an earlier reward of this run has stored of them."""
-    from irlign.reward.features import Features
-
-    features = Features(backbone, template)
-    for stored in sorted(run.path("rewards").glob("*/features.safetensors")):
-        features.take(stored)
-    return features
-
-
-def _rewards(recipe: Recipe) -> list[str]:
-    """The rewards of a run: the learned one, then those without training."""
-    from irlign.reward.publish import LIKELIHOOD, LOG_RATIOS
-
-    if recipe.pools:
-        return [recipe.reward.name]
-    return [recipe.reward.name, *(LOG_RATIOS if recipe.reward.log_ratio else [LIKELIHOOD])]
-
-
 def _inside(*paths: str) -> dict[str, str]:
     """Inputs that are the run's own: each labelled with its path."""
     return {path: path for path in paths}
-
-
-def _prompts(run: Run) -> list[Prompt]:
-    """Every distinct prompt of the run, with its split."""
-    rows = [Prompt.from_row(row) for split in SPLITS for row in read_table(run.path(f"data/{split}.parquet"))]
-    return list({(p.split, p.prompt_id): p for p in rows}.values())
-
-
-def _summary(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """What was run, for the report: names, sizes, counts and the times of the stages so far."""
-    notes = {stage: run.stages.get(stage, {}).get("notes", {}) for stage in ("data", "sample")}
-    return {
-        "output_dir": run.root.name,
-        "seed": run.seed,
-        "model": recipe.model_name_or_path or f"pretrained on the corpus of the {recipe.world.name if recipe.world else ''} world",
-        "sft_model": recipe.sft_model_name_or_path,
-        "dataset": recipe.dataset_name,
-        "world": recipe.world.name if recipe.world else None,
-        "contrast": recipe.reward.name,
-        "selector": read_json(run.path("best_of_n/choice.json"))["reward"],
-        "reward": f"{recipe.reward.about_contrast}; {recipe.reward.kind}",
-        "loss": recipe.reward.loss,
-        "num_generations": recipe.sampling.num_generations,
-        **{key: notes["data"].get(key) for key in ("prompts", "rows", "files")},
-        "notes": [*black_box_notes(recipe), *stand_ins(notes["data"].get("files", {}))],
-        "pools": notes["sample"],
-        "seconds": {name: e["seconds"] for name, e in run.stages.items() if e["status"] == "complete" and name not in ("eval", "report")},
-        **stand_for(recipe),
-    }

@@ -48,8 +48,20 @@ def preflight(recipe: Recipe) -> None:
     check_method(recipe)
 
 
+def check_stage(name: str, recipe: Recipe) -> None:
+    """Raises ConfigError where a stage cannot run by itself: in several run directories, SFT without a policy, and a policy method as
+    `check_method` says."""
+    if recipe.seeds is not None:
+        raise ConfigError("a single stage runs in one run directory", where="seeds", do="give output_dir=OUT/seed-K and no seeds")
+    if recipe.pools and name == "sft":
+        what = "pools gives samples only, so there is no policy to fine-tune"
+        raise ConfigError(what, where="irlign sft", do="`irlign reward` learns from them")
+    if name == "optimise":
+        check_method(recipe)
+
+
 def check_method(recipe: Recipe) -> None:
-    """The same for the policy method alone: ConfigError where its library is missing or its training arguments refuse a field."""
+    """Raises ConfigError where the library of the policy method is missing or its training arguments refuse a field."""
     if recipe.optimise.method != "none":
         _accepted(recipe, recipe.optimise, own_config(recipe.optimise, recipe.sampling))
     if recipe.optimise.method == "rlsr" and recipe.optimise.on_policy.encoder != "words":

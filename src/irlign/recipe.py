@@ -15,6 +15,7 @@ from irlign.optimise.best_of_n import BestOfNSettings
 from irlign.optimise.methods import OptimiseSettings
 from irlign.policy.pretrain import PretrainSettings
 from irlign.policy.sft import SFTSettings
+from irlign.reward.publish import LIKELIHOOD, LOG_RATIOS
 from irlign.reward.train import RewardSettings
 from irlign.runs import RECIPE
 from irlign.sampling.engine import SamplingSettings
@@ -130,7 +131,13 @@ class Recipe(Settings):
     def selectors(self) -> list[str]:
         """The rewards that may select, the judge decides: the learned one, held to what pi_SFT finds likely where `best_of_n.likelihood`
         asks for it, and then that likelihood alone too."""
-        return [f"{self.reward.name}+likelihood", "likelihood"] if self.best_of_n.likelihood else [self.reward.name]
+        return [f"{self.reward.name}+likelihood", LIKELIHOOD] if self.best_of_n.likelihood else [self.reward.name]
+
+    @property
+    def rewards(self) -> list[str]:
+        """The rewards that the run makes: the learned one, then those without training."""
+        without = [] if self.pools else [*LOG_RATIOS] if self.reward.log_ratio else [LIKELIHOOD]
+        return [self.reward.name, *without]
 
 
 def as_recipe(config: str | Path | Mapping[str, Any] | Recipe | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -189,3 +189,14 @@ class PairedTest:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ci95": list(self.ci95)}
+
+
+def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
+    """The comparison of a with b in results.json, or None."""
+    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
+
+
+def verdict(ci95: Sequence[float]) -> str:
+    """ "better" or "worse" where a difference's interval lies on one side of 0, "" where it does not."""
+    low, high = ci95
+    return "better" if low > 0 else "worse" if high < 0 else ""

@@ -7,6 +7,7 @@ from typing import Any
 from irlign import browse, words
 from irlign.files import read_json, read_table, replacing
 from irlign.plots import calibration_svg, curve_svg, length_svg
+from irlign.records import find_test, verdict
 from irlign.runs import RECIPE, Run
 from irlign.words import COLUMNS
 
@@ -94,10 +95,8 @@ def _evidence(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tests": results["tests"],
         "tests_words": f"Measure: {golden['name']}." if golden else "Measure: the reward that selects, which cannot judge its own picks.",
-        "side": lambda t: "better" if t["ci95"][0] > 0 else "worse" if t["ci95"][1] < 0 else "",
-        "regressed": lambda t: (
-            "better" if min(t["sign"] * b for b in t["ci95"]) > 0 else "worse" if max(t["sign"] * b for b in t["ci95"]) < 0 else ""
-        ),
+        "side": lambda t: verdict(t["ci95"]),
+        "regressed": lambda t: verdict(sorted(t["sign"] * bound for bound in t["ci95"])),
         "pairwise": words.pairwise(results),
         "goldens": words.goldens(results, {**columns, **({"best_of_n": f"Best-of-{chosen}"} if chosen > 1 else {})}),
         "benches": words.benches(results),
@@ -129,8 +128,8 @@ def _tuned(results: Mapping[str, Any]) -> bool:
 
 
 def _verdict(results: Mapping[str, Any], n: int) -> str:
-    test = find_test(results, f"best_of_{n}", results.get("base", "sft"))
-    return "" if test is None else "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
+    test = find_test(results, f"best_of_{n}", _base(results))
+    return "" if test is None else verdict(test["ci95"])
 
 
 def _source_rows(heldout: Mapping[str, Any], chosen: int) -> list[dict[str, Any]]:
@@ -162,10 +161,6 @@ def _facts(run: Run, info: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("peak memory", f"{peak:,.0f} MiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-
-
-def find_test(results: Mapping[str, Any], a: str, b: str) -> Mapping[str, Any] | None:
-    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
 
 
 def render(template: str, target: Path, context: Mapping[str, Any]) -> None:

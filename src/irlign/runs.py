@@ -6,10 +6,8 @@ dies after it is rolled forward by the next `Run.open`. Paths of the run are sto
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -29,9 +27,11 @@ from irlign.files import (
     replacing,
     sync,
     sync_folder,
+    take_lock,
     write_json,
 )
 from irlign.machine import peak_memory_mib, reset_peak_memory, versions
+from irlign.manifest import is_entry, overlap, read_stages, what_changed
 from irlign.progress import say
 
 READY, KEY, MANIFEST, RECIPE = "READY.json", "KEY.json", "manifest.json", "recipe.yaml"
@@ -65,7 +65,7 @@ class Run:
             root.mkdir(parents=True, exist_ok=True)
             if not any((root / name).exists() for name in (MANIFEST, RECIPE)):
                 _refuse_foreign(root)
-            run = cls(root, plain(recipe), _take_lock(root))
+            run = cls(root, plain(recipe), take_lock(root))
             try:
                 run._recover()
                 with replacing(root / RECIPE) as temporary:
@@ -159,7 +159,7 @@ class Run:
         """Raises RunError where something at or below these paths is no longer what its stage published."""
         for name, entry in self.stages.items():
             for output, known in entry["outputs"].items():
-                if any(_overlap(output, path) for path in paths) and entry["status"] == "complete":
+                if any(overlap(output, path) for path in paths) and entry["status"] == "complete":
                     place = self.path(output)
                     if not place.exists() or self._hash(place) != known:
                         what = f"{output} is {'damaged, or was changed' if place.exists() else 'gone'} since the stage {name} made it"
@@ -181,7 +181,7 @@ class Run:
             path = Path(value).expanduser()
             return {"path": value, "sha256": self._hash(path) if path.exists() else digest({"name": value})}
         for name, entry in self.stages.items():
-            made = any(_overlap(inside, output) for output in entry["outputs"])
+            made = any(overlap(inside, output) for output in entry["outputs"])
             if made and entry["status"] != "complete" and not set(self._own) & set(entry["outputs"]):
                 raise RunError(f"{inside} cannot be used: the stage {name} is {entry['status']}", where=self.root, do=_FINISH)
         if not self.path(inside).exists():
@@ -226,17 +226,8 @@ class Run:
             return "it has not run yet"
         if before["status"] != "complete":
             return "it failed" if before["status"] == "failed" else "it was interrupted"
-        changes = list(_changes(before["settings"], entry["settings"]))
-        if before["seed"] != entry["seed"]:
-            changes.insert(0, f"seed {before['seed']} -> {entry['seed']}")
-        if changes:
-            return ", ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
-        for label in [*entry["inputs"], *before["inputs"]]:
-            old, new = (e["inputs"].get(label) for e in (before, entry))
-            if old is None or new is None:
-                return f"input {label} is {'new' if old is None else 'gone'}"
-            if old["sha256"] != new["sha256"]:
-                return f"input {new['path']} has changed"
+        if (changed := what_changed(before, entry)) is not None:
+            return changed
         for output in self._own:
             if output not in before["outputs"]:
                 return f"output {output} is new"
@@ -275,7 +266,7 @@ class Run:
         if not (folder / READY).is_file():
             return
         entry = read_json(folder / READY)
-        if not _is_entry(entry):
+        if not is_entry(entry):
             raise RunError("the file is damaged", where=folder / READY, do="delete its folder: the stage then runs again")
         for number, output in enumerate([*entry["outputs"], *entry.pop("replaces", ())]):
             source, target = folder / output, self.path(output)
@@ -311,14 +302,8 @@ class Run:
             write_json(self.path(MANIFEST), self.manifest)
 
     def _load_manifest(self) -> None:
-        path = self.path(MANIFEST)
-        if not path.exists():
-            return
-        stored = read_json(path)
-        stages = stored.get("stages") if isinstance(stored, dict) else None
-        if not isinstance(stages, dict) or not all(map(_is_entry, stages.values())):
-            raise RunError("the manifest is damaged", where=path, do="delete it: every stage then runs again")
-        self.manifest["stages"] = stages
+        if self.path(MANIFEST).exists():
+            self.manifest["stages"] = read_stages(self.path(MANIFEST))
 
     def _record(self, name: str, entry: dict[str, Any]) -> None:
         self.stages[name] = entry
@@ -350,72 +335,12 @@ def request_seed(seed: int, stage: str, prompt_id: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\n{stage}\n{prompt_id}\n{index}".encode()).digest()[:8], "big")
 
 
-def _take_lock(root: Path) -> IO[str]:
-    """The run's lock, held until the file is closed or the process ends. Raises RunError where another process has it."""
-    lock = (root / ".lock").open("a+", encoding="ascii")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise RunError(f"in use by another process (pid {holder})", where=root, do="wait for it, or give another output_dir") from None
-    except OSError as error:
-        lock.close()
-        what, do = f"its file system knows no locks: {error.strerror}", "give an output_dir on another file system"
-        raise RunError(what, where=root / ".lock", do=do) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {platform.node()}")
-    lock.flush()
-    return lock
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether a stage's entry in a manifest can be worked with; its outputs lie inside the run, whoever wrote it."""
-    kinds = {"status": str, "inputs": dict, "settings": dict, "outputs": dict, "notes": dict}
-    if (
-        not isinstance(entry, dict)
-        or not {"seed", "seconds"} <= set(entry)
-        or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
-    ):
-        return False
-    hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
-    replaced = entry.get("replaces", [])
-    paths = [*entry["outputs"], *replaced] if isinstance(replaced, list) else [None]
-    return hashed and all(isinstance(path, str) and path.strip("/.") and not _leaves(path) for path in paths)
-
-
-def _leaves(path: str) -> bool:
-    """Whether a path inside a run leads out of it."""
-    return os.path.isabs(path) or ".." in Path(path).parts
-
-
 def _refuse_foreign(root: Path) -> None:
     """A folder that no run made must not hold what a run would replace."""
     found = sorted(name for name in (*FOLDERS, "report.html") if (root / name).exists())
     if found:
         what = f"holds {', '.join(found)}, and no manifest.json says that a run made it"
         raise RunError(what, where=root, do="give another output_dir, or move what is there")
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Each changed setting as `key old -> new`, sections as dotted keys."""
-    for key in [*after, *(k for k in before if k not in after)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key} {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _overlap(a: str, b: str) -> bool:
-    """Whether one path is the other or lies below it."""
-    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from irlign.files import read_table, write_json
-from irlign.report import find_test, render
+from irlign.records import find_test, verdict
+from irlign.report import render
 from irlign.statistics import nested_estimate
 
 
@@ -47,9 +48,9 @@ def write_seeds(root: Path, results: Mapping[int, Mapping[str, Any]]) -> dict[st
         "headline": _seeds_headline(table, gaps, n[-1], measure),
     }
     write_json(root / "seeds.json", found)
-    low, high = gaps["chosen - sft"]["ci95"]
-    verdict = "better" if low > 0 and measure == "golden" else "worse" if high < 0 else ""
-    render("seeds.html", root / "seeds.html", {"name": root.name, "columns": keys, "verdict": verdict, **found})
+    side = verdict(gaps["chosen - sft"]["ci95"])
+    seen = side if measure == "golden" or side == "worse" else ""
+    render("seeds.html", root / "seeds.html", {"name": root.name, "columns": keys, "verdict": seen, **found})
     return found
 
 
@@ -75,9 +76,8 @@ def _side(test: Mapping[str, Any] | None) -> dict[str, Any]:
     """A difference in words and whether its interval lies above or below 0; none for SFT against itself."""
     if test is None:
         return {"text": "–", "verdict": "", "mean": 0.0}
-    verdict = "better" if test["ci95"][0] > 0 else "worse" if test["ci95"][1] < 0 else ""
     text = f"{test['mean_difference']:+.3f} [{test['ci95'][0]:.3f}, {test['ci95'][1]:.3f}]"
-    return {"text": text, "verdict": verdict, "mean": test["mean_difference"]}
+    return {"text": text, "verdict": verdict(test["ci95"]), "mean": test["mean_difference"]}
 
 
 def _regret(table: Sequence[Mapping[str, Any]]) -> float | None:
@@ -95,7 +95,7 @@ def _seeds_headline(table: Sequence[Mapping[str, Any]], gaps: Mapping[str, Any],
     best = [("The chosen n", "chosen - sft", "chosen_gain"), (f"Best-of-{last}", f"best_of_{last} - sft", "last_gain")]
     for what, key, name in [*aligned, *best]:
         mean, (low, high) = gaps[key]["mean"], gaps[key]["ci95"]
-        words = "beats SFT" if low > 0 else "is worse than SFT" if high < 0 else "is not shown to beat SFT"
+        words = {"better": "beats SFT", "worse": "is worse than SFT", "": "is not shown to beat SFT"}[verdict((low, high))]
         better, worse = (sum(row[name]["verdict"] == side for row in table) for side in ("better", "worse"))
         by_seed = f"by seed better in {better}, worse in {worse}, not shown in {count - better - worse}"
         lines.append(f"Over {count} seeds, {what} {words}: {mean:+.2f} [{low:.2f}, {high:.2f}]; {by_seed}.".replace("The", "the"))

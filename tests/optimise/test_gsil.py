@@ -10,7 +10,7 @@ from irlign.data.chat import Format
 from irlign.optimise.gsil import answer_nats, gsil_loss, train_gsil
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
-from irlign.policy.sft import collate
+from irlign.policy.tuning import collate
 from irlign.records import Demonstration, Prompt
 from irlign.training import TrainerSettings
 

@@ -58,7 +58,7 @@ def test_the_trainer_takes_the_step_of_the_formula(tmp_path, size, steps):
     log = train_weighted_sft(start, rows, rows[:1], settings, chat_template="none", seed=0, report_to="none", **places)
     assert log["steps"] == 1 and log["dev_nll"]["aligned"] != log["dev_nll"]["initial"]
     from irlign.data.chat import Format
-    from irlign.policy.sft import collate
+    from irlign.policy.tuning import collate
 
     policy = load_policy(str(start))
     encoded = Format(policy.tokenizer, "none").encode([d.prompt.content for d in rows], [d.completion for d in rows])

@@ -10,7 +10,8 @@ from tiny import make_tiny_policy
 from irlign.data.chat import IGNORED, Format
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
-from irlign.policy.sft import SFTSettings, collate, train_sft
+from irlign.policy.sft import SFTSettings, train_sft
+from irlign.policy.tuning import collate
 from irlign.records import Demonstration, Prompt
 
 
@@ -124,7 +125,7 @@ def test_the_chat_template_is_published_with_the_policy(policy, tmp_path):
 @pytest.mark.parametrize("peft", [False, True])
 def test_bf16_weights_are_trained_in_float32_and_published_in_bf16(policy, tmp_path, monkeypatch, peft):
     """At a learning rate whose steps a bf16 weight would round away, the optimiser still sees them add up."""
-    from irlign.policy import sft
+    from irlign.policy import tuning
     from irlign.policy.load import Policy
 
     if peft:
@@ -139,9 +140,9 @@ def test_bf16_weights_are_trained_in_float32_and_published_in_bf16(policy, tmp_p
         seen["dtypes"] = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
         return real(trainer, *rest)
 
-    real = sft.fit
-    monkeypatch.setattr(sft, "load_policy", half)
-    monkeypatch.setattr(sft, "fit", fit)
+    real = tuning.fit
+    monkeypatch.setattr(tuning, "load_policy", half)
+    monkeypatch.setattr(tuning, "fit", fit)
     _train(policy, tmp_path, max_steps=2, use_peft=peft)
     assert seen["dtypes"] == {torch.float32}
     from safetensors.torch import load_file

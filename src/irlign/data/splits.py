@@ -16,7 +16,7 @@ from irlign.data.demonstrations import (
 )
 from irlign.errors import DataError
 from irlign.files import read_table
-from irlign.records import Demonstration
+from irlign.records import SPLITS, Demonstration, Prompt
 from irlign.runs import Run
 
 Splits = dict[str, list[Demonstration]]
@@ -69,3 +69,9 @@ def load_splits(
 def stored_demonstrations(run: Run, split: str) -> list[Demonstration]:
     """The demonstrations of a run's split; prompts without an answer are left out. Raises RunError where the file is damaged."""
     return [d for d in map(Demonstration.from_row, read_table(run.path(f"data/{split}.parquet"))) if d.completion]
+
+
+def stored_prompts(run: Run) -> list[Prompt]:
+    """Every distinct prompt of the run, with its split. Raises RunError where a file is damaged."""
+    rows = [Prompt.from_row(row) for split in SPLITS for row in read_table(run.path(f"data/{split}.parquet"))]
+    return list({(p.split, p.prompt_id): p for p in rows}.values())

@@ -7,9 +7,8 @@ from typing import Any
 
 from irlign.evaluate.golden import Golden, score_golden
 from irlign.evaluate.group import Group
-from irlign.evaluate.headline import verdict
 from irlign.evaluate.metrics import Evaluation
-from irlign.records import PromptContent
+from irlign.records import PromptContent, verdict
 
 
 def judge_by_others(measured: Evaluation, goldens: Mapping[str, Golden], contents: Mapping[str, PromptContent]) -> list[dict[str, Any]]:
@@ -34,13 +33,11 @@ def _judged(measured: Evaluation, name: str, golden: Golden, contents: Mapping[s
 
 def opposed(tests: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
     """An alarm for each comparison that the first golden reward (`tests`) and another decide the other way round."""
-    first = {(test["a"], test["b"]): verdict(test) for test in tests}
+    first = {(test["a"], test["b"]): verdict(test["ci95"]) for test in tests}
     for other in others:
         for test in other["tests"]:
-            if {first.get((test["a"], test["b"])), verdict(test)} == {"better", "worse"}:
-                seen = (
-                    f"{test['a']} is {verdict(test)} than {test['b']} by {other['name']}: {test['mean_difference']:+.2f}, against the first"
-                )
+            if {first.get((test["a"], test["b"])), verdict(test["ci95"])} == {"better", "worse"}:
+                seen = f"{test['a']} is {verdict(test['ci95'])} than {test['b']} by {other['name']}: {test['mean_difference']:+.2f}, against the first"
                 yield {
                     "name": "golden rewards disagree",
                     "seen": seen,

@@ -3,22 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-def find_test(results: Mapping[str, Any], a: str, b: str) -> dict[str, Any] | None:
-    """The comparison of a with b, or None."""
-    return next((t for t in results["tests"] if (t["a"], t["b"]) == (a, b)), None)
+from irlign.records import find_test, verdict
 
 
 def base_of(results: Mapping[str, Any]) -> tuple[str, str]:
     """What n = 1 is, as tests name it and in words: pi_SFT, or a candidate from elsewhere."""
     base = results.get("base", "sft")
     return base, {"sft": "SFT", "candidates": "a candidate drawn at random"}[base]
-
-
-def verdict(test: Mapping[str, Any]) -> str:
-    """ "better", "worse" or "unclear": on which side of 0 the 95 % interval lies."""
-    low, high = test["ci95"]
-    return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 def headline(results: Mapping[str, Any]) -> list[str]:
@@ -45,13 +36,14 @@ def _measured(results: Mapping[str, Any]) -> list[str]:
     if top - end > 1e-9:  # a flat curve has its top anywhere
         fall = find_test(results, f"best_of_{last}", base_of(results)[0] if best == 1 else f"best_of_{best}")
         assert fall is not None
+        noise = f"a fall within the noise {_ci(fall['ci95'])}. "
         lines.append(
             f"The curve is highest at n = {best} ({top:.2f}) and lower at n = {last} ({end:.2f}): "
-            + ("past it the reward is over-optimised. " if verdict(fall) == "worse" else f"a fall within the noise {_ci(fall['ci95'])}. ")
+            + ("past it the reward is over-optimised. " if verdict(fall["ci95"]) == "worse" else noise)
             + "That n is seen with the golden reward only; nothing in the run chose it."
         )
     if (first := find_test(results, "sft", "initial")) is not None:
-        words = {"better": "beats", "worse": "is worse than", "unclear": "is not shown to beat"}[verdict(first)]
+        words = {"better": "beats", "worse": "is worse than", "": "is not shown to beat"}[verdict(first["ci95"])]
         lines.append(f"SFT {words} the initial policy: {first['mean_difference']:+.2f} {_ci(first['ci95'])}.")
     return [*aligned, *lines]
 
@@ -69,7 +61,7 @@ def _aligned(results: Mapping[str, Any]) -> list[str]:
     if test is None:
         judged = f"{gain['mean']:+.2f} standard deviations from SFT's (at least {gain['low']:+.2f}) on {choice['prompts']} dev prompts"
         return [f"{policy} was chosen without labels: a judge of held-out demonstrations puts its answers {judged}, {cost}."]
-    words = {"better": "beats SFT by", "worse": "is worse than SFT:", "unclear": "is not shown to beat SFT:"}[verdict(test)]
+    words = {"better": "beats SFT by", "worse": "is worse than SFT:", "": "is not shown to beat SFT:"}[verdict(test["ci95"])]
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"
     return [f"{policy}, one answer and no reward at inference, {words} {amount}, {cost}."]
 
@@ -106,7 +98,7 @@ def _forgone(results: Mapping[str, Any], n: int) -> str:
     """What Best-of-n would have done, seen with the golden reward only."""
     test = find_test(results, f"best_of_{n}", base_of(results)[0])
     assert test is not None
-    words = {"better": "would have gained", "worse": "would have lost", "unclear": "would not have been shown to gain:"}[verdict(test)]
+    words = {"better": "would have gained", "worse": "would have lost", "": "would not have been shown to gain:"}[verdict(test["ci95"])]
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])}"
     return f"By {results['golden']['name']} Best-of-{n} {words} {amount}, over {test['prompts']} test prompts."
 
@@ -119,8 +111,8 @@ def _compared(results: Mapping[str, Any], n: int, how: str) -> str:
     return {
         "better": f"Best-of-{n}{how} beats {one} by {amount}.",
         "worse": f"Best-of-{n}{how} is worse than {one}: {amount}. Use {'the SFT policy' if base == 'sft' else 'no selection'}, or a smaller n.",
-        "unclear": f"Best-of-{n}{how} is not shown to beat {one}: {amount}.",
-    }[verdict(test)]
+        "": f"Best-of-{n}{how} is not shown to beat {one}: {amount}.",
+    }[verdict(test["ci95"])]
 
 
 def _adaptive(results: Mapping[str, Any]) -> list[str]:
@@ -130,7 +122,7 @@ def _adaptive(results: Mapping[str, Any]) -> list[str]:
         return []
     gain, equal = (find_test(results, "adaptive", other) for other in ("sft", "best_of_equal_tokens"))
     assert gain is not None and equal is not None
-    words = {"better": "more than", "worse": "less than", "unclear": "not shown to be other than"}[verdict(equal)]
+    words = {"better": "more than", "worse": "less than", "": "not shown to be other than"}[verdict(equal["ci95"])]
     return [
         f"Selected among as many answers as each prompt deserves, {point['n']['mean']:.1f} on average: {gain['mean_difference']:+.2f} "
         f"{_ci(gain['ci95'])} over SFT, {words} the same tokens spent alike on all prompts (n = {point['equal_tokens']['n']:.1f}): "

@@ -78,6 +78,16 @@ def cost_of(gains_P_N: np.ndarray, budget: float) -> float:
     return float(steps[may]) if may < len(steps) else 0.0
 
 
+def answers_used(
+    rows: Sequence[Mapping[str, Any]], choice: Mapping[str, Any], budget: float | None
+) -> tuple[dict[str, int], dict[str, Any] | None]:
+    """How many answers of each prompt selection looks at: the n of the choice, or with a budget among as many of those as the prompt
+    deserves; and what choice.json says of the latter. Raises as `stop_early` does."""
+    if budget is None or choice["n"] == 1:
+        return {row["prompt_id"]: choice["n"] for row in rows}, None
+    return stop_early(rows, choice["reward"], choice["n"], budget)
+
+
 def stop_early(rows: Sequence[Mapping[str, Any]], reward: str, most: int, budget: float) -> tuple[dict[str, int], dict[str, Any]]:
     """How many answers of each prompt are used, at most `most` and on average `budget` on dev, and what choice.json says of it.
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.errors import DataError
 from irlign.files import replacing
-from irlign.records import SCORE, Sample
+from irlign.records import SCORE, PromptContent, Sample
 from irlign.reward.contrasts import ended
 
 
@@ -37,6 +37,11 @@ class BestOfNSettings(Settings):
 def scored_text(sample: Sample) -> str:
     """What a reward sees of a candidate: the text under the same ending rule as in its training."""
     return ended(sample.completion, sample.finished)
+
+
+def scored_texts(samples: Sequence[Sample]) -> tuple[list[PromptContent], list[str]]:
+    """What a reward scores of samples: the prompts and the texts."""
+    return [s.prompt.content for s in samples], [scored_text(s) for s in samples]
 
 
 def candidate_rows(

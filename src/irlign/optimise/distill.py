@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from irlign.data.chat import Format
-from irlign.policy.likelihood import mean_nll
-from irlign.policy.load import Policy, load_policy, save_policy
-from irlign.policy.sft import collate
+from irlign.policy.tuning import Tuning
 from irlign.records import Demonstration, Sample
-from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
+from irlign.training import TrainerSettings
 
 
 def winners(samples: Sequence[Sample], scores: Sequence[float] | np.ndarray, count: int = 1) -> list[Sample]:
@@ -38,41 +35,15 @@ def winners(samples: Sequence[Sample], scores: Sequence[float] | np.ndarray, cou
 
 
 def train_distill(
-    sft: Path,
-    train: Sequence[Sample],
-    dev: Sequence[Demonstration],
-    settings: TrainerSettings,
-    *,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    sft: Path, train: Sequence[Sample], dev: Sequence[Demonstration], settings: TrainerSettings, **about: Any
 ) -> dict[str, Any]:
     """Fine-tune the policy in `sft` on winners and save it in `folder` as a plain transformers checkpoint.
 
-    Returns steps, losses, and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on
-    divergence.
+    `about` is what `Tuning` takes further. Returns steps, losses, and the loss on the dev demonstrations (nats a completion token) before
+    and after. Raises ModelError on divergence.
     """
-    from transformers import Trainer, set_seed
-
-    set_seed(seed)
-    policy = load_policy(str(sft), "sft")
-    form = Format(policy.tokenizer, chat_template)
-    encoded = form.encode([s.prompt.content for s in train], [s.completion for s in train])
-    rows = [row.within(policy.max_length) for row in encoded]  # read again, a sample may be a few tokens longer than it was drawn
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
-    trainer = Trainer(
-        model=with_adapter(policy.model, settings, "CAUSAL_LM"),
-        args=arguments,
-        train_dataset=[{"input_ids": r.ids, "labels": r.labels} for r in rows],  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, policy.pad_id),
-    )
-    log = fit(trainer, "optimise", checkpoints)
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"sft": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+    tuning = Tuning(sft, dev, settings, was="sft", **about)
+    encoded = tuning.form.encode([s.prompt.content for s in train], [s.completion for s in train])
+    cut = [row.within(tuning.policy.max_length) for row in encoded]  # read again, a sample may be a few tokens longer than it was drawn
+    rows = [{"input_ids": r.ids, "labels": r.labels} for r in cut]
+    return {**tuning.finish(tuning.trainer(tuning.arguments(), rows)), "rows": len(rows)}

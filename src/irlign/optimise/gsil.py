@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irlign.data.chat import IGNORED, Format
+from irlign.data.chat import IGNORED
 from irlign.optimise.preference import Labelled
-from irlign.policy.likelihood import mean_nll, sequence_log_probs
-from irlign.policy.load import Policy, load_policy, save_policy
-from irlign.policy.sft import collate
+from irlign.policy.likelihood import sequence_log_probs
+from irlign.policy.tuning import Tuning, collate
 from irlign.records import Demonstration
-from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
+from irlign.training import TrainerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -48,60 +47,40 @@ def train_gsil(
     *,
     beta: float,
     shift: float,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    **about: Any,
 ) -> dict[str, Any]:
     """Train the policy in `start`, which is also the reference, on single answers and save it in `folder` as a plain checkpoint. Both kinds
     weigh the same in all, and the reference reads each row once, beforehand.
 
-    Returns steps, losses (log 2 at the start, without a shift), and the loss on the dev demonstrations (nats a completion token) before and
-    after. Raises ModelError on divergence.
+    `about` is what `Tuning` takes further. Returns steps, losses (log 2 at the start, without a shift), and the loss on the dev demonstrations
+    (nats a completion token) before and after. Raises ModelError on divergence.
     """
     import torch
-    from transformers import Trainer, set_seed
 
-    set_seed(seed)
-    policy = load_policy(str(start), "start")
-    form = Format(policy.tokenizer, chat_template)
-    encoded = form.encode([prompt.content for prompt, _, _ in train], [text for _, text, _ in train])
-    rows = [row.within(policy.max_length) for row in encoded]
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-    known = sequence_log_probs(policy, rows)
+    tuning = Tuning(start, dev, settings, **about)
+    encoded = tuning.form.encode([prompt.content for prompt, _, _ in train], [text for _, text, _ in train])
+    cut = [row.within(tuning.policy.max_length) for row in encoded]
+    known = sequence_log_probs(tuning.policy, cut)
     own = sum(not shown for _, _, shown in train)
     weight = own / (len(train) - own)
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    for module in policy.model.modules():
+    rows = [
+        {"input_ids": row.ids, "labels": row.labels, "about": [nats, weight if shown else -1.0]}
+        for row, nats, (_, _, shown) in zip(cut, known, train, strict=True)
+    ]
+    for module in tuning.policy.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the log-ratio is 0 at the start
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
+    arguments = tuning.arguments()
     constant = 2 * own / len(rows) * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
 
     def loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: Any = None) -> "torch.Tensor":
         reference_B, side_B, labels_B_T = labels[:, 0], labels[:, 1], labels[:, 2:].long()
         return gsil_loss(answer_nats(outputs.logits, labels_B_T) - reference_B, side_B, beta, shift, constant)
 
-    trainer = Trainer(
-        model=with_adapter(policy.model, settings, "CAUSAL_LM"),
-        args=arguments,
-        train_dataset=[
-            {"input_ids": row.ids, "labels": row.labels, "about": [nats, weight if shown else -1.0]}
-            for row, nats, (_, _, shown) in zip(rows, known, train, strict=True)
-        ],  # type: ignore[arg-type]
-        data_collator=lambda batch: _batch(batch, policy.pad_id),
-        compute_loss_func=loss,
-    )
-    log = fit(trainer, "optimise", checkpoints)
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+    return {**tuning.finish(tuning.trainer(arguments, rows, _batch, loss)), "rows": len(rows)}
 
 
-def _batch(batch: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
+def _batch(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:
     """`collate`, but `labels` [B, 2 + T] begin with the reference's log-probability and the side: the loss function gets no more than those."""
     import torch
 

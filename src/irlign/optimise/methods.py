@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from irlign.data.splits import stored_demonstrations
 from irlign.launch import ProcessSettings
-from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.ditto import ranked_by_policy
 from irlign.optimise.gad import train_gad
@@ -172,8 +172,7 @@ def own_answers(work: Work, number: int) -> list[Sample]:
 
 def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
     """Their scores under the reward of this round. Shape [len(samples)]."""
-    prompts, texts = [s.prompt.content for s in samples], [scored_text(s) for s in samples]
-    return scores_of({"reward": work.scorer(number)}, prompts, texts, work.sampling, work.round(number) / "scores")["reward"]
+    return scores_of({"reward": work.scorer(number)}, *scored_texts(samples), work.sampling, work.round(number) / "scores")["reward"]
 
 
 def won_answers(work: Work, number: int) -> list[Sample]:

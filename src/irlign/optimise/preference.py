@@ -5,7 +5,6 @@ demonstrations desirable, own answers undesirable, unpaired. TRL gets rows that 
 from the format of SFT and sampling (a second BOS, EOS after a cut answer, special tokens in the user's text).
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import cycle
@@ -19,12 +18,10 @@ from irlign.config import Settings
 from irlign.data.chat import IGNORED, Encoded, Format
 from irlign.errors import ConfigError
 from irlign.optimise.distill import winners
-from irlign.policy.likelihood import mean_nll
-from irlign.policy.load import Policy, load_policy, save_policy
-from irlign.policy.sft import collate
+from irlign.policy.tuning import Tuning, collate
 from irlign.records import Contrast, Demonstration, Prompt, Sample
 from irlign.reward.controls import by_prompt
-from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
+from irlign.training import Config, TrainerSettings
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
 Labelled = tuple[Prompt, str, bool]  # a prompt, an answer, whether it is desirable
@@ -146,8 +143,8 @@ def train_dpo(
     """Train the policy in `start`, which is also the reference, on pairs, and save it as a plain transformers checkpoint:
     `-log s(beta (log pi/pi_start(better) - log pi/pi_start(worse)))` a pair (arXiv 2305.18290, equation 7).
 
-    `about` is what `_train` takes further, as in the sibling files: chat_template, folder, checkpoints, seed, report_to. Returns steps, losses, what TRL
-    logged, and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence.
+    `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, and the loss on the dev demonstrations (nats
+    a completion token) before and after. Raises ModelError on divergence.
     """
     from trl import DPOTrainer
 
@@ -188,34 +185,11 @@ def _train(
     settings: TrainerSettings,
     *,
     config: Config,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    **about: Any,
 ) -> dict[str, Any]:
     """A trainer of TRL's, `kind`, on rows that `batch_of` makes into tensors."""
-    from datasets import Dataset
-    from transformers import set_seed
-
-    set_seed(seed)
-    policy = load_policy(str(start), "start")
-    form = Format(policy.tokenizer, chat_template)
-    rows = rows_of(form)
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
-    trainer = kind(
-        model=policy.model,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        data_collator=lambda batch: batch_of(batch, policy.pad_id, policy.max_length),
-        processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
-        peft_config=adapter(settings, "CAUSAL_LM"),
-    )
-    log = {**fit(trainer, "optimise", checkpoints), "logged": logged(trainer, METRICS)}
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+    tuning = Tuning(start, dev, settings, **about)
+    rows, pad_id, limit = rows_of(tuning.form), tuning.policy.pad_id, tuning.policy.max_length
+    shared = tuning.for_trl(tuning.arguments(config), rows)
+    trainer = kind(**shared, data_collator=lambda batch: batch_of(batch, pad_id, limit))
+    return {**tuning.finish(trainer, METRICS), "rows": len(rows)}

@@ -5,7 +5,6 @@ scoring would leave out BOS and EOS and cut nothing. A frozen reward under on-po
 KL, a control of the length, and the safety net.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +16,17 @@ from irlign.config import Settings
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.files import read_json, write_json
-from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.preference import need_trl
-from irlign.policy.likelihood import mean_nll
-from irlign.policy.load import Policy, load_policy, save_policy
+from irlign.policy.load import Policy
+from irlign.policy.tuning import Tuning
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, Sample
 from irlign.reward.contrasts import ended
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
-from irlign.training import Config, TrainerSettings, adapter, fit, logged, merged, precision, training_arguments
+from irlign.training import Config, TrainerSettings
 
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std")
 
@@ -94,7 +93,7 @@ def reward_function(
     """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
     answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one."""
     asked, paid = {s.prompt.prompt_id: s.prompt for s in samples}, OBJECTIVES[objective]
-    known = paid(reward.score([s.prompt.content for s in samples], [scored_text(s) for s in samples]))
+    known = paid(reward.score(*scored_texts(samples)))
     center, scale = float(known.mean()), float(known.std()) or 1.0
     tokens: dict[str, list[int]] = {}
     for sample in samples:
@@ -148,36 +147,24 @@ def train_on_policy(
     reward: RewardModel,
     length_penalty: float,
     objective: Objective = "reverse-kl",
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    **about: Any,
 ) -> dict[str, Any]:
     """Train the policy in `start`, which is also the reference, on the prompts of pi_SFT's answers `train`, and save it in `folder` as a plain
     transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
     reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
 
-    Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were not), `drawn` (tokens of the answers),
-    and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no
+    `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were
+    not), `drawn` (tokens of the answers), and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no
     prompt is left.
     """
-    from datasets import Dataset
-    from transformers import set_seed
     from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
-    set_seed(seed)
-    policy = load_policy(str(start), "start")
-    form = Format(policy.tokenizer, chat_template)
+    tuning = Tuning(start, dev, settings, **about)
+    policy, form, arguments = tuning.policy, tuning.form, tuning.arguments(config)
     prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to, config=config)
-    rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, seed)
+    rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, tuning.seed)
     scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective)
-    kept = checkpoints / "drawn.json"  # tokens by step, so that a training that goes on knows what was drawn before
+    kept = tuning.checkpoints / "drawn.json"  # tokens by step, so that a training that goes on knows what was drawn before
     drawn: dict[str, int] = read_json(kept) if kept.exists() else {}
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
@@ -185,20 +172,10 @@ def train_on_policy(
         write_json(kept, drawn)
         return [*scorer(completion_ids, **given)]
 
-    trainer = (RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)(
-        model=policy.model,
-        reward_funcs=shaped_rewards,
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(policy.tokenizer),  # TRL gives it a pad token
-        peft_config=adapter(settings, "CAUSAL_LM"),
-    )
-    log = {**fit(trainer, "optimise", checkpoints), "logged": logged(trainer, METRICS)}
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    asked = len({row["index"] for row in rows})
-    counts = {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
-    return {**log, "dev_nll": {"start": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, **counts}
+    kind: Any = RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer
+    trainer = kind(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
+    log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
+    return {**log, "rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
 
 
 def _rows(form: Format, prompts: Sequence[Prompt], settings: TrainerSettings, arguments: Any, room: int, seed: int) -> list[dict[str, Any]]:

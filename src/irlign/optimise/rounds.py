@@ -13,7 +13,7 @@ from typing import Any
 
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, write_json
-from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.methods import SEEDS_APART, Work, own_answers
 from irlign.progress import say
 from irlign.records import Sample
@@ -98,8 +98,7 @@ def _hold(work: Work, number: int) -> None:
     """Beside the reward, the same held to what pi_SFT finds likely, on the scales of the current policy's answers to the train prompts."""
     target, current = work.scorer(number), _answers(work, number - 1, "train")
     learned, likelihood = target.parent / work.settings.refresh, work.run.path("rewards", LIKELIHOOD)
-    prompts, texts = [s.prompt.content for s in current], [scored_text(s) for s in current]
-    scores = score_all({"learned": learned, LIKELIHOOD: likelihood}, prompts, texts)
+    scores = score_all({"learned": learned, LIKELIHOOD: likelihood}, *scored_texts(current))
     _, scales = held_to_likelihood(scores["learned"], scores[LIKELIHOOD], [s.prompt.prompt_id for s in current], work.likelihood)
     publish_held(target.parent, target.name, learned, scales, work.likelihood, str(likelihood))
 

@@ -1,4 +1,4 @@
-"""The scores of many answers by every reward: here, or block by block over a cluster."""
+"""The scores of many answers by every reward, here or block by block over a cluster; and of a file by one."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from irlign.data.batches import blocks
+from irlign.data.demonstrations import DataSettings, load_demonstrations
 from irlign.errors import RunError
 from irlign.files import read_table, write_table
+from irlign.optimise.best_of_n import write_rows
 from irlign.progress import Progress
 from irlign.records import PromptContent
-from irlign.reward.load import score_all
+from irlign.reward.load import load_reward, score_all
 from irlign.sampling.engine import SamplingSettings
 
 SHARD = "part-{:05d}.parquet"
@@ -58,3 +60,16 @@ def _scorer(folders: Mapping[str, Path], told: Any) -> tuple[Any, None]:
 def _score(folders: Mapping[str, Path], texts: Texts) -> list[dict[str, float]]:
     scores = score_all(folders, *texts)
     return [dict(zip(scores, map(float, row), strict=True)) for row in zip(*scores.values(), strict=True)]
+
+
+def score_file(reward_dir: str | Path, file: str | Path, output: str | Path) -> int:
+    """Score the answers in a file with a stored reward: OUTPUT gets each row's prompt, completion and `reward`. Returns the rows.
+
+    The same kinds of file as for demonstrations are read; answers may be empty.
+    """
+    reward = load_reward(reward_dir)
+    rows = load_demonstrations(str(file), DataSettings(), answers=False, distinct=False).demonstrations
+    rewards = reward.score([d.prompt.content for d in rows], [d.completion for d in rows])
+    scored = [{"prompt": d.prompt.content, "completion": d.completion, "reward": float(r)} for d, r in zip(rows, rewards, strict=True)]
+    write_rows(Path(output), scored)
+    return len(scored)

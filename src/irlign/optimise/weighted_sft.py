@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from irlign.data.chat import IGNORED, Format
-from irlign.policy.likelihood import mean_nll
-from irlign.policy.load import Policy, load_policy, save_policy
-from irlign.policy.sft import collate
+from irlign.data.chat import IGNORED
+from irlign.policy.tuning import Tuning
 from irlign.records import Demonstration
-from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
+from irlign.training import TrainerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -40,43 +38,21 @@ def step_constant(lengths: Sequence[int], rows_a_step: int) -> float:
 
 
 def train_weighted_sft(
-    init: Path,
-    train: Sequence[Demonstration],
-    dev: Sequence[Demonstration],
-    settings: TrainerSettings,
-    *,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    init: Path, train: Sequence[Demonstration], dev: Sequence[Demonstration], settings: TrainerSettings, **about: Any
 ) -> dict[str, Any]:
     """Fine-tune the policy in `init` on demonstrations with occupancy weights and save it in `folder` as a plain checkpoint.
 
-    Returns steps, losses, and the loss on the dev demonstrations (nats a completion token, unweighted) before and after. Raises
-    ModelError on divergence.
+    `about` is what `Tuning` takes further. Returns steps, losses, and the loss on the dev demonstrations (nats a completion token, unweighted)
+    before and after. Raises ModelError on divergence.
     """
-    from transformers import Trainer, set_seed
-
-    set_seed(seed)
-    policy = load_policy(str(init), "init")
-    form = Format(policy.tokenizer, chat_template)
-    rows = form.encode([d.prompt.content for d in train], [d.completion for d in train])
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
+    tuning = Tuning(init, dev, settings, was="initial", **about)
+    encoded = tuning.form.encode([d.prompt.content for d in train], [d.completion for d in train])
+    rows = [{"input_ids": r.ids, "labels": r.labels} for r in encoded]
+    arguments = tuning.arguments()
     rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    constant = step_constant([len(r.completion_ids) for r in rows], rows_a_step)
-    trainer = Trainer(
-        model=with_adapter(policy.model, settings, "CAUSAL_LM"),
-        args=arguments,
-        train_dataset=[{"input_ids": r.ids, "labels": r.labels} for r in rows],  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, policy.pad_id),
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: occupancy_loss(outputs.logits, labels, constant),
-    )
-    log = fit(trainer, "optimise", checkpoints)
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "aligned")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"initial": before, "aligned": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+    constant = step_constant([len(r.completion_ids) for r in encoded], rows_a_step)
+
+    def loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: Any = None) -> "torch.Tensor":
+        return occupancy_loss(outputs.logits, labels, constant)
+
+    return {**tuning.finish(tuning.trainer(arguments, rows, loss=loss)), "rows": len(rows)}

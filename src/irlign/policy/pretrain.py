@@ -18,7 +18,7 @@ from irlign.data.chat import Format
 from irlign.files import remove, sync
 from irlign.machine import versions
 from irlign.policy.load import Policy, save_policy
-from irlign.policy.sft import collate
+from irlign.policy.tuning import collate
 from irlign.progress import say
 from irlign.records import PromptContent
 from irlign.training import TrainerSettings, fit, training_arguments

@@ -4,16 +4,17 @@ import copy
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from irlign.data.chat import IGNORED, Format, pad, template_in_words
-from irlign.policy.likelihood import mean_nll
-from irlign.policy.load import Policy, load_policy, save_policy
+from irlign.data.chat import template_in_words
+from irlign.policy.load import Policy, save_policy
+from irlign.policy.tuning import Tuning, collate
 from irlign.records import Demonstration
-from irlign.training import TrainerSettings, fit, merged, precision, training_arguments, with_adapter
+from irlign.training import TrainerSettings
 
 CARD = """---
 library_name: transformers
@@ -52,48 +53,22 @@ class SFTSettings(TrainerSettings):
 
 
 def train_sft(
-    init: Path,
-    train: Sequence[Demonstration],
-    dev: Sequence[Demonstration],
-    settings: SFTSettings,
-    *,
-    chat_template: str,
-    folder: Path,
-    checkpoints: Path,
-    seed: int,
-    report_to: str,
+    init: Path, train: Sequence[Demonstration], dev: Sequence[Demonstration], settings: SFTSettings, **about: Any
 ) -> dict[str, Any]:
     """Fine-tune the policy in `init` on demonstrations and save it in `folder` as a plain transformers checkpoint, the earlier
     checkpoints that the settings keep beside it, under their names.
 
-    Returns steps, losses, and the dev loss (nats a completion token) before and after. Raises ModelError on divergence.
+    `about` is what `Tuning` takes further: chat_template, folder, checkpoints, seed, report_to. Returns steps, losses, and the dev loss
+    (nats a completion token) before and after. Raises ModelError on divergence.
     """
-    from transformers import Trainer, set_seed
-
-    set_seed(seed)
-    policy = load_policy(str(init), "init")
-    form = Format(policy.tokenizer, chat_template)
-    rows = form.encode([d.prompt.content for d in train], [d.completion for d in train])
-    dev_rows = form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
-    before = mean_nll(policy, dev_rows) if dev_rows else None
-
-    stored, bf16 = policy.model.dtype, precision(policy.model, settings)
-    arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16, report_to=report_to)
-    skip = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
-    trainer = Trainer(
-        model=with_adapter(policy.model, settings, "CAUSAL_LM"),
-        args=arguments,
-        train_dataset=[{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in rows],  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, policy.pad_id, skip=skip),
-    )
+    tuning = Tuning(init, dev, settings, was="initial", becomes="sft", stage="sft", **about)
+    encoded = tuning.form.encode([d.prompt.content for d in train], [d.completion for d in train])
+    rows = [{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in encoded]
+    skip = "logits_to_keep" in inspect.signature(tuning.policy.model.forward).parameters
+    trainer = tuning.trainer(tuning.arguments(), rows, partial(collate, skip=skip))
     for name, share in settings.kept.items():
-        trainer.add_callback(
-            _keep(folder.parent / name, share, lambda m: Policy(merged(m, settings).to(stored).eval(), policy.tokenizer, "sft"))
-        )
-    log = fit(trainer, "sft", checkpoints)
-    tuned = Policy(merged(trainer.model, settings).to(stored).eval(), policy.tokenizer, "sft")
-    save_policy(tuned, folder)
-    return {**log, "dev_nll": {"initial": before, "sft": mean_nll(tuned, dev_rows) if dev_rows else None}, "rows": len(rows)}
+        trainer.add_callback(_keep(tuning.folder.parent / name, share, tuning.plain))
+    return {**tuning.finish(trainer), "rows": len(rows)}
 
 
 def publish_card(
@@ -128,15 +103,3 @@ def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any
                 os.replace(building, target)
 
     return Keep()
-
-
-def collate(batch: list[dict[str, Any]], pad_id: int, *, skip: bool = False) -> dict[str, Any]:
-    """A dict of `input_ids_B_T`, `attention_mask_B_T`, `labels_B_T`, right-padded; padding carries no loss. `skip`: no logits for the
-    positions before the first that any row has a loss at, since the output layer is a third of a small model: `labels_B_K`, and K."""
-    ids_B_T, mask_B_T = pad([row["input_ids"] for row in batch], pad_id)
-    labels_B_T, _ = pad([row["labels"] for row in batch], IGNORED)
-    inputs = {"input_ids": ids_B_T, "attention_mask": mask_B_T}
-    if not skip:
-        return {**inputs, "labels": labels_B_T}
-    start = max(int((labels_B_T != IGNORED).any(0).int().argmax()) - 1, 0)  # the token before an answer tells its first
-    return {**inputs, "labels": labels_B_T[:, start:], "logits_to_keep": labels_B_T.shape[1] - start}

@@ -159,6 +159,16 @@ def raw_controls(better: Sequence[Answer], worse: Sequence[Answer]) -> dict[str,
     }
 
 
+def describe_pairs(pairs: Mapping[str, Sequence[Contrast]], left_out: Mapping[str, int], controls: Mapping[str, float]) -> list[str]:
+    """How many pairs there are, what was left out, and what length and the ending alone tell of them, in words."""
+    missing = ", ".join(f"{n} {what}".replace("_", " ") for what, n in left_out.items())
+    return [
+        f"{sum(map(len, pairs.values()))} pairs, left out: {missing}",
+        f"length alone tells {controls['length_accuracy']:.0%} of them apart ({controls['length_accuracy_raw']:.0%} as drawn), the ending "
+        f"{controls['ending_accuracy']:.0%} (finished or not, as drawn: {controls['finished_accuracy_raw']:.0%})",
+    ]
+
+
 def require_pairs(pairs: Sequence[Contrast]) -> None:
     """Raises DataError where there is nothing to learn from."""
     if not pairs:

@@ -211,6 +211,14 @@ class Features:
         return True
 
 
+def known_features(checkpoint: Path | str, chat_template: str, rewards: Path) -> Features:
+    """The features of a checkpoint with all that the rewards in the folder `rewards` have stored of them."""
+    features = Features(checkpoint, chat_template)
+    for stored in sorted(rewards.glob("*/features.safetensors")):
+        features.take(stored)
+    return features
+
+
 def _answer_identity(prompt: PromptContent, completion: str) -> str:
     """32 hex digits that name an answer to a prompt."""
     return hashlib.sha256(f"{prompt_identity(prompt)}\n{completion}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
