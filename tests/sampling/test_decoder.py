@@ -68,9 +68,18 @@ def test_greedy_text_is_what_generate_gives(model, kind):
 
 
 def _decode(model, rows, kind="shared", room=None, ends=(2,), **settings):
-    state = STATES[kind](model, 3)
-    decoder = Decoder(state, rows, SamplingSettings(**settings), ends=ends, context=64, stopped=lambda rows, _: np.zeros(len(rows), bool))
-    return decoder.run(room or Room(64, 10**6))
+    """All rows to their ends: ids and log-probabilities of each."""
+    decoder = _decoder(model, kind, ends, **settings)
+    decoder.add(rows)
+    found = {}
+    while len(found) < len(rows):
+        found |= {row: (ids, logprobs) for row, ids, logprobs in decoder.turn(room or Room(64, 10**6))}
+    return tuple([found[row][part] for row in rows] for part in (0, 1))
+
+
+def _decoder(model, kind="shared", ends=(2,), **settings):
+    settings = SamplingSettings(**settings)
+    return Decoder(STATES[kind](model, 3), settings, ends=ends, context=64, stopped=lambda rows, _: np.zeros(len(rows), bool))
 
 
 @pytest.mark.parametrize(

@@ -128,14 +128,13 @@ class SamplingSettings(Settings):
 class Request:
     """One prompt and the seed of each answer wanted; `limit` is the most tokens of each, where it is not the settings' own.
 
-    `watch(i, text)`, where given, is told the text of answer i every few tokens while it is drawn, by engines that draw here, and says
-    whether the answer may end there: nobody waits for it any more.
+    `watch(i, text)`, where given, is told the text of answer i every few tokens while it is drawn, by engines that draw here.
     """
 
     prompt: Prompt
     seeds: tuple[int, ...]
     limit: int | None = None
-    watch: Callable[[int, str], bool] | None = None
+    watch: Callable[[int, str], None] | None = None
 
 
 @dataclass(frozen=True)
