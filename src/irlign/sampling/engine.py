@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -148,6 +149,27 @@ class Drawn:
     logprobs: tuple[float, ...] = ()
 
 
+class Drawing(Protocol):
+    """Requests that are drawn together, each under a number of its own; others may join between two turns.
+
+    `halvings` counts how often memory ran out, so that the batch is not the settled one any more.
+    """
+
+    halvings: int
+
+    def add(self, requests: Mapping[int, Request]) -> None:
+        """These begin as soon as there is room. Raises DataError, and adds none, for a prompt that is known to have no answer."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for this request any more."""
+        ...
+
+    def turn(self) -> dict[int, list[Drawn]]:
+        """Go on for a little while; the answers to each request that now has all of them, in order. What it raises ends all."""
+        ...
+
+
 class Engine(Protocol):
     """Draws samples for requests; the same request gives the same samples whatever else is asked for.
 
@@ -169,9 +191,32 @@ class Engine(Protocol):
         """The same with their tokens."""
         ...
 
+    def drawing(self) -> Drawing:
+        """Requests to be drawn together, none yet."""
+        ...
+
     def under(self, settings: SamplingSettings) -> "Engine":
         """The same policy, and the same weights in memory, under another law of drawing."""
         ...
+
+
+class AtOnce:
+    """The `Drawing` of an engine whose draw nothing can join: one turn draws all that was added."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.halvings, self.requests = engine, 0, dict[int, Request]()
+
+    def add(self, requests: Mapping[int, Request]) -> None:
+        self.requests |= requests
+
+    def drop(self, number: int) -> None:
+        del self.requests[number]
+
+    def turn(self) -> dict[int, list[Drawn]]:
+        drawn = iter(self.engine.answers([*self.requests.values()]))
+        found = {number: list(islice(drawn, len(request.seeds))) for number, request in self.requests.items()}
+        self.requests.clear()
+        return found
 
 
 def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> None:

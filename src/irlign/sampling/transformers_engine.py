@@ -74,9 +74,9 @@ class TransformersEngine:
         other.settings = settings
         return other
 
-    def drawing(self) -> "Drawing":
-        """Requests that are drawn together, none yet."""
-        return Drawing(self)
+    def drawing(self) -> "JoinedDrawing":
+        """Requests to be drawn together, none yet."""
+        return JoinedDrawing(self)
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches never cross calls.
@@ -116,8 +116,8 @@ class _Open:
         return [row for i, row in enumerate(self.rows) if i not in self.drawn]
 
 
-class Drawing:
-    """Requests that are drawn together, each under a number of its own; others join while they are drawn, and some are dropped.
+class JoinedDrawing:
+    """A `Drawing` that requests join and leave while others are drawn.
 
     Memory that runs out halves the batch from then on, and starts the answers that are not there anew; `halvings` says how often.
     """
