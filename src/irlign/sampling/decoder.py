@@ -17,7 +17,8 @@ from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import State
 
 LOOK_EVERY = 8  # steps of a turn, between looks for finished rows: each costs a copy of the rows that stay
-JOIN_SHARE = 0.25  # of the running rows must be able to join at once: each group of joiners is attended to by itself
+JOIN_SHARE = 0.25  # of the running rows should join at once: each group of joiners is attended to by itself, which costs time
+PATIENCE = 4  # turns in which the last that wait, if they are fewer, are held back for company
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class Decoder:
     ):
         self.state, self.settings, self.context, self.stopped = state, settings, context, stopped
         self.ends = torch.tensor(list(ends), device=state.model.device)
-        self.waiting, self.running = list[Row](), list[Row]()
+        self.waiting, self.running, self.held = list[Row](), list[Row](), 0
         self.batch = Batch.of([], self.ends.device)
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -133,16 +134,19 @@ class Decoder:
             return self._leave()
 
     def _join(self, room: Room) -> None:
-        """Start as many of the waiting rows as fit, in order, and draw their first token."""
-        own, longest, distinct, count = self._held(room), 0, set[tuple[int, ...]](), 0
+        """Start as many of the waiting rows as fit, in order, and draw their first token; or hold them back, where they are few."""
+        own, longest, distinct, count = self._taken(room), 0, set[tuple[int, ...]](), 0
         for row in self.waiting[: room.rows - len(self.running)]:
             own, longest = own + row.limit + room.row_tokens, max(longest, len(row.prompt))
             distinct.add(row.prompt)
             if (count or self.running) and own + longest * (len(distinct) if self.state.joins else count + 1) > room.tokens:
                 break
             count += 1
-        if count < JOIN_SHARE * min(len(self.running), len(self.waiting)):
+        few = count < JOIN_SHARE * len(self.running)
+        if few and (count < JOIN_SHARE * len(self.waiting) or self.held < PATIENCE):
+            self.held += 1
             return
+        self.held = 0
         prompts = {prompt: p for p, prompt in enumerate(dict.fromkeys(row.prompt for row in self.waiting[:count]))}
         joining = sorted(self.waiting[:count], key=lambda row: prompts[row.prompt])
         logits_B_V = self.state.add(list(prompts), np.array([prompts[row.prompt] for row in joining]))
@@ -151,7 +155,7 @@ class Decoder:
         self.batch = self.batch.joined(Batch.of(joining, self.ends.device))
         self._draw(logits_B_V, before)
 
-    def _held(self, room: Room) -> int:
+    def _taken(self, room: Room) -> int:
         """Tokens that the running rows and their prompts may come to hold."""
         return sum(row.limit + room.row_tokens for row in self.running) + self.state.prompt_tokens
 
