@@ -94,6 +94,17 @@ def test_nothing_joins_past_a_request_that_waits():
     assert work.turns == [["long."], ["long.", "long a", "1."], ["long.", "long a"], ["long a"], ["1b", "2."], ["2a"]] and work.begun == 3
 
 
+def test_one_at_a_time():
+    """With `most` of 1 nothing is ever beside anything, however large the items: what `--max-batch 1` promises."""
+    work = Slow()
+    batches = _batches(work, together=lambda item: None, size=len, most=1)
+    futures = batches.submit(["long a", "b", "c"])
+    work.free()
+    assert [f.result(10) for f in futures] == ["LONG A", "B", "C"]
+    batches.close()
+    assert work.turns == [["long a"]] * 3 + [["b"], ["c"]]
+
+
 def test_what_nobody_waits_for_is_dropped():
     work = Slow()
     batches = _batches(work, together=_kind)

@@ -1,7 +1,8 @@
 """Answers of a finished run: drawn by its policy or at an upstream, scored by its reward, selected as `irlign bon` selects.
 
 The candidates of a prompt have the seeds that the stage `sample` would give them under the request's seed, so a request with the
-run's own seed and settings gives what best_of_n/selected.jsonl holds, up to the rounding that sampling/transformers_engine.py names.
+run's own seed and settings gives what best_of_n/selected.jsonl holds, up to the rounding that sampling/transformers_engine.py names. Requests are answered together (`Answering`), and
+each is scored and selected as soon as its own candidates are there.
 """
 
 import secrets
