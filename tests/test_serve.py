@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import json
 import os
 import re
@@ -336,7 +337,7 @@ def test_a_client_that_leaves_before_its_turn_is_not_worked_for(finished):
 
 
 @pytest.mark.parametrize("more", [{}, {"stream": True, "extra_body": {"best_of": 1}}], ids=["whole", "stream"])
-def test_a_client_that_leaves_while_its_answers_are_drawn_frees_their_rows(finished, more):
+def test_a_client_that_leaves_while_its_answers_are_drawn_frees_their_rows(finished, more, caplog):
     """What was beside it goes on and is answered; nothing was finished in the meantime, so that its rows can only have been dropped."""
     answerer = load_answerer(finished)
     gate = Gate(answerer)
@@ -350,6 +351,8 @@ def test_a_client_that_leaves_while_its_answers_are_drawn_frees_their_rows(finis
         assert len(held.work.asks) == len(held.work.drawing.open) == 1 and len(held.work.drawing.decoder.waiting) == MOST
         gate.go_on.set()
         assert kept.result().choices[0].message.content
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # that it left is no error
 
 
 def test_best_of_n_over_an_upstream(finished, prompts):

@@ -194,6 +194,7 @@ class Server:
     async def _results(self, request: Request, futures: Sequence[Future[Any]]) -> list[Any]:
         """What the futures come to; a client that leaves takes back what is not done."""
         results = asyncio.gather(*map(asyncio.wrap_future, futures))
+        results.add_done_callback(lambda done: done.cancelled() or done.exception())  # a client that left asks for none: no line in the log
         try:
             await _unless_left(request, results)
             return results.result()

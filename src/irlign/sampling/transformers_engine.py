@@ -1,12 +1,12 @@
 """Sampling in process from any transformers causal language model, on a CPU or a GPU.
 
 Answers that start together share their prompt's keys and values; finished rows leave the batch and waiting ones take their
-places, those of requests that come while others are drawn among them (`drawing`). Tokens are drawn by inverting the cumulative distribution with uniforms that belong to the request, so a request's
-samples do not depend on what else is in the batch, with one exception: products are rounded differently in batches of
-different shapes, and where that carries a cumulative share across the uniform, another token is drawn and the rest of that
-answer differs (seldom in float32; bfloat16 keeps three digits). The same call with the same settings and `settled` on the
-same machine gives the same bytes. Models without transformers' attention interface are served by copies of the prompt's
-cache, without joining.
+places, those of requests that come while others are drawn among them (`drawing`). Tokens are drawn by inverting the cumulative
+distribution with uniforms that belong to the request, so a request's samples do not depend on what else is in the batch, with
+one exception: products are rounded differently in batches of different shapes, and where that carries a cumulative share across
+the uniform, another token is drawn and the rest of that answer differs (seldom in float32; bfloat16 keeps three digits). The
+same call with the same settings and `settled` on the same machine gives the same bytes. Models without transformers' attention
+interface are served by copies of the prompt's cache, without joining.
 """
 
 import copy

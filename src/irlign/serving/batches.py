@@ -74,7 +74,7 @@ class Batches(Generic[Item, Result]):
     ):
         self.begin, self.together, self.size, self.most, self.room, self.done = begin, together, size, most, waiting, done
         self._queue: deque[_Asked[Item, Result]] = deque()
-        self._open: dict[int, tuple[_Asked[Item, Result], float]] = {}  # what is worked on, and since when
+        self._open: dict[int, tuple[_Asked[Item, Result], float]] = {}  # what is worked on by its number, and since when
         self._numbers = itertools.count()
         self._change = threading.Condition()
         self._closed, self._seconds = False, 1.0
@@ -122,47 +122,54 @@ class Batches(Generic[Item, Result]):
                     return
             self._work(self._take())
 
-    def _take(self) -> list[_Asked[Item, Result]]:
-        """What may begin now, in order: among those that run, up to the first that may not."""
+    def _take(self) -> list[int]:
+        """The numbers of those that begin now, in order: beside those that run, up to the first that may not."""
         with self._change:
-            taken, rest = list[_Asked[Item, Result]](), deque[_Asked[Item, Result]]()
+            first, rest = len(self._open) == 0, deque[_Asked[Item, Result]]()
             inside = [one.item for one, _ in self._open.values()]
-            joins, size = bool(inside), sum(map(self.size, inside))
-            kind = next((kind for item in inside if (kind := self.together(item)) is not None), None)
+            size, kind = sum(map(self.size, inside)), next((kind for kind in map(self.together, inside) if kind is not None), None)
+            taken = list[int]()
             for one in (one for one in self._queue if not one.future.cancelled()):
                 own, more = self.together(one.item), self.size(one.item)
                 fits = not size or (size + more <= self.most and (None in (own, kind) or own == kind))
-                if fits and not (joins and rest):
-                    taken.append(one)
+                if fits and (first or not rest):
+                    taken.append(next(self._numbers))
+                    self._open[taken[-1]] = one, time.monotonic()
                     kind, size = own if kind is None else kind, size + more
                 else:
                     rest.append(one)
             self._queue = rest
             return taken
 
-    def _work(self, new: Sequence[_Asked[Item, Result]], alone: bool = False) -> None:
-        """Work on these and, unless they are to be `alone`, on those that join them, until none is left."""
+    def _work(self, new: Sequence[int], alone: bool = False) -> None:
+        """Work on these and, unless they are to be `alone`, on those that join them, until each has its result or its exception."""
+        error = self._try(new, alone)
+        left, self._open = self._open, {}
+        if error and len(left) == 1:
+            for one, _ in left.values():
+                _answer(one, error)
+            return
+        del error  # it holds what the failed work held
+        for number in left:
+            self._open = {number: left[number]}
+            self._work([number], alone=True)
+
+    def _try(self, new: Sequence[int], alone: bool) -> Exception | None:
+        """The same until none is left, or until it raises; what it raised."""
         try:
             work = self.begin()
-            while new or self._open:
-                added = {next(self._numbers): one for one in new}
-                self._open |= {number: (one, time.monotonic()) for number, one in added.items()}
-                for number, one in added.items():
-                    work.add(number, one.item)
+            while self._open:
+                for number in new:
+                    work.add(number, self._open[number][0].item)
                 for number in [number for number, (one, _) in self._open.items() if one.future.cancelled()]:
                     del self._open[number]
                     work.drop(number)
-                self._turn(work)
+                if self._open:
+                    self._turn(work)
                 new = self._take() if self._open and not alone else []
         except Exception as error:
-            left = [one for one, _ in self._open.values()]
-            self._open = {}
-            if alone or len(left) == 1:
-                for one in left:
-                    _answer(one, error)
-                return
-            for one in left:
-                self._work([one], alone=True)
+            return error
+        return None
 
     def _turn(self, work: Work[Item, Result]) -> None:
         """What is finished in this turn is answered."""
