@@ -150,12 +150,7 @@ class Drawn:
 
 
 class Drawing(Protocol):
-    """Requests that are drawn together, each under a number of its own; others may join between two turns.
-
-    `halvings` counts how often memory ran out, so that the batch is not the settled one any more.
-    """
-
-    halvings: int
+    """Requests that are drawn together, each under a number of its own; others may join, and some be dropped, between two turns."""
 
     def add(self, requests: Mapping[int, Request]) -> None:
         """These begin as soon as there is room. Raises DataError, and adds none, for a prompt that is known to have no answer."""
@@ -204,7 +199,7 @@ class AtOnce:
     """The `Drawing` of an engine whose draw nothing can join: one turn draws all that was added."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.halvings, self.requests = engine, 0, dict[int, Request]()
+        self.engine, self.requests = engine, dict[int, Request]()
 
     def add(self, requests: Mapping[int, Request]) -> None:
         self.requests |= requests
