@@ -87,10 +87,13 @@ def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = 256) -> list[
     """This package's decode loop, all prompts as one part."""
     wanted = [Row(prompt, 1000 * i + j, NEW) for i, prompt in enumerate(prompts) for j in range(ANSWERS)]
     context = model.config.max_position_embeddings
-    decoder = Decoder(
-        SharedState(model, PAD), wanted, SamplingSettings(), ends=[EOS], context=context, stopped=lambda rows, _: np.zeros(len(rows), bool)
-    )
-    return [len(ids) for ids in decoder.run(Room(rows, 1 << 40))[0]]
+    none = lambda rows, _: np.zeros(len(rows), bool)  # noqa: E731
+    decoder = Decoder(SharedState(model, PAD), SamplingSettings(), ends=[EOS], context=context, stopped=none)
+    decoder.add(wanted)
+    lengths = dict[Row, int]()
+    while len(lengths) < len(wanted):
+        lengths |= {row: len(ids) for row, ids, _ in decoder.turn(Room(rows, 1 << 40))}
+    return [lengths[row] for row in wanted]
 
 
 ENGINES: dict[str, Callable[..., list[int]]] = {"generate": generate, "generate static": static, "irlign": irlign}

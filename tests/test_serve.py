@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import gc
 import json
 import os
 import re
@@ -271,55 +272,87 @@ def test_the_key(finished):
             assert caught.value.code == 401 and json.load(caught.value)["error"]["code"] == "invalid_api_key"
 
 
+class Gate:
+    """Before an answerer: its turns do nothing until they are let pass. `seeds` are those of the asks that began, `works` what they went to."""
+
+    def __init__(self, answerer):
+        self.begun, self.go_on, self.seeds, self.works = threading.Event(), threading.Event(), [], []
+        self.real, answerer.begin = answerer.begin, self.begin
+
+    def begin(self):
+        self.works.append(Held(self, self.real()))
+        return self.works[-1]
+
+
+class Held:
+    def __init__(self, gate, work):
+        self.gate, self.work, self.drop = gate, work, work.drop
+
+    def add(self, number, item):
+        self.gate.seeds.append(item.seed)
+        self.work.add(number, item)
+
+    def turn(self):
+        self.gate.begun.set()
+        return self.work.turn() if self.gate.go_on.wait(0.01) else []
+
+
+def _until(true, seconds=60):
+    for _ in range(100 * seconds):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not come to that")
+
+
 def test_an_overload_is_refused_and_loses_nothing(finished):
     """One request is worked on and two wait: the fourth is told to come back, and all that were accepted are answered."""
     answerer = load_answerer(finished)
-    begun, go_on, real = threading.Event(), threading.Event(), answerer.work
-
-    def work(items):
-        begun.set()
-        assert go_on.wait(30)
-        return real(items)
-
-    answerer.work = work
-    with (
-        serving(answerer, Limits(waiting=2)) as (server, client),
-        concurrent.futures.ThreadPoolExecutor(3) as pool,
-    ):
+    gate = Gate(answerer)
+    with serving(answerer, Limits(waiting=2, batch=1)) as (server, client), concurrent.futures.ThreadPoolExecutor(3) as pool:
         accepted = [pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=0))]
-        assert begun.wait(30)
+        assert gate.begun.wait(30)
         accepted += [pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=i)) for i in (1, 2)]
-        while server.batches.waiting < 2:
-            threading.Event().wait(0.01)
+        _until(lambda: server.batches.waiting == 2)
         error = _refused(client, 429, "too many requests")
         assert int(error.response.headers["retry-after"]) >= 1 and error.code == "overloaded"
-        go_on.set()
+        assert "irlign_running_requests 1.0" in _get(client, "/metrics")
+        gate.go_on.set()
         assert all(f.result().choices[0].message.content for f in accepted)
 
 
 def test_a_client_that_leaves_before_its_turn_is_not_worked_for(finished):
     answerer = load_answerer(finished)
-    begun, go_on, seen, real = threading.Event(), threading.Event(), [], answerer.work
-
-    def work(items):
-        begun.set()
-        assert go_on.wait(30)
-        seen.extend(item.seed for item in items)
-        return real(items)
-
-    answerer.work = work
-    with serving(answerer) as (server, client), concurrent.futures.ThreadPoolExecutor(2) as pool:
+    gate = Gate(answerer)
+    with serving(answerer, Limits(batch=1)) as (server, client), concurrent.futures.ThreadPoolExecutor(2) as pool:
         kept = pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=1))
-        assert begun.wait(30)
+        assert gate.begun.wait(30)
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.2).chat.completions.create(**_asked("How do I fix my bike?", seed=2))
-        while 'status="499"' not in server.metrics.text().decode():
-            threading.Event().wait(0.01)
+        _until(lambda: 'status="499"' in server.metrics.text().decode())
         last = pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=3))
-        while server.batches.waiting < 2:
-            threading.Event().wait(0.01)
-        go_on.set()
-        assert kept.result() and last.result() and seen == [1, 3]
+        _until(lambda: server.batches.waiting)
+        gate.go_on.set()
+        assert kept.result() and last.result() and gate.seeds == [1, 3]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True, "extra_body": {"best_of": 1}}], ids=["whole", "stream"])
+def test_a_client_that_leaves_while_its_answers_are_drawn_frees_their_rows(finished, more, caplog):
+    """What was beside it goes on and is answered; nothing was finished in the meantime, so that its rows can only have been dropped."""
+    answerer = load_answerer(finished)
+    gate = Gate(answerer)
+    with serving(answerer) as (server, client), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        kept = pool.submit(client.chat.completions.create, **_asked("How do I fix my bike?", seed=1))
+        assert gate.begun.wait(30)
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).chat.completions.create(**_asked("How do I fix my bike?", seed=2, **more))
+        _until(lambda: gate.seeds == [1, 2] and server.batches.running == 1)
+        (held,) = gate.works
+        assert len(held.work.asks) == len(held.work.drawing.open) == 1 and len(held.work.drawing.decoder.waiting) == MOST
+        gate.go_on.set()
+        assert kept.result().choices[0].message.content
+    gc.collect()
+    assert "never retrieved" not in caplog.text  # that it left is no error
 
 
 def test_best_of_n_over_an_upstream(finished, prompts):

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
@@ -48,9 +47,9 @@ class Server:
     def __init__(self, answerer: Answerer, limits: Limits = Limits(), key: str = ""):
         self.answerer, self.served, self.limits, self.key = answerer, answerer.served, limits, key
         self.started = int(time.time())
-        self.metrics = Metrics(lambda: self.batches.waiting)
+        self.metrics = Metrics(lambda: self.batches.waiting, lambda: self.batches.running)
         self.batches: Batches[Ask | ScoreAsk, Any] = Batches(
-            answerer.work,
+            answerer.begin,
             together=lambda item: item.kind,
             size=lambda item: item.count,
             most=limits.batch,
@@ -193,8 +192,9 @@ class Server:
             raise Refused(503, "the server is shutting down", retry_after=1) from None
 
     async def _results(self, request: Request, futures: Sequence[Future[Any]]) -> list[Any]:
-        """What the futures come to; a client that leaves takes back what has not begun."""
+        """What the futures come to; a client that leaves takes back what is not done."""
         results = asyncio.gather(*map(asyncio.wrap_future, futures))
+        results.add_done_callback(lambda done: done.cancelled() or done.exception())  # a client that left asks for none: no line in the log
         try:
             await _unless_left(request, results)
             return results.result()
@@ -218,16 +218,14 @@ class Server:
     async def _stream(self, request: Request, exchange: Exchange) -> Response:
         """Server-sent events: text as it is drawn where nothing is selected, else each answer whole once it is. An error that comes up before
         the first of them has a status of its own."""
-        loop, news, left = asyncio.get_running_loop(), asyncio.Queue[News](), threading.Event()
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[News]()
 
-        def tell(what: News) -> bool:
+        def tell(what: News) -> None:
             loop.call_soon_threadsafe(news.put_nowait, what)
-            return left.is_set()
 
         futures = self._submit(watched(exchange.asks, tell))
 
         def leave() -> None:
-            left.set()
             for future in futures:
                 future.cancel()
 

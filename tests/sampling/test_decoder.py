@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES, make_model
 
 from irlign.sampling.attention import attention
-from irlign.sampling.decoder import Decoder, Room, Row
+from irlign.sampling.decoder import PATIENCE, Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
 
@@ -68,9 +68,18 @@ def test_greedy_text_is_what_generate_gives(model, kind):
 
 
 def _decode(model, rows, kind="shared", room=None, ends=(2,), **settings):
-    state = STATES[kind](model, 3)
-    decoder = Decoder(state, rows, SamplingSettings(**settings), ends=ends, context=64, stopped=lambda rows, _: np.zeros(len(rows), bool))
-    return decoder.run(room or Room(64, 10**6))
+    """All rows to their ends: ids and log-probabilities of each."""
+    decoder = _decoder(model, kind, ends, **settings)
+    decoder.add(rows)
+    found = {}
+    while len(found) < len(rows):
+        found |= {row: (ids, logprobs) for row, ids, logprobs in decoder.turn(room or Room(64, 10**6))}
+    return tuple([found[row][part] for row in rows] for part in (0, 1))
+
+
+def _decoder(model, kind="shared", ends=(2,), **settings):
+    settings = SamplingSettings(**settings)
+    return Decoder(STATES[kind](model, 3), settings, ends=ends, context=64, stopped=lambda rows, _: np.zeros(len(rows), bool))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,36 @@ def test_the_room_is_kept(monkeypatch):
     seen.clear()
     _decode(model, rows, room=Room(48, 100))
     assert 50 < max(s[1] for s in seen) <= 100
+
+
+@pytest.mark.parametrize(("late", "turns"), [(2, 1), (1, PATIENCE + 1)], ids=["a quarter", "fewer"])
+def test_few_that_come_late_are_held_back_for_a_while(late, turns):
+    """Beside eight rows, two may join at once and one after four turns."""
+    decoder, room = _decoder(make_model("llama"), ends=()), Room(64, 10**6)
+    decoder.add([Row(PROMPTS[0], seed, 50) for seed in range(8)])
+    decoder.turn(room)
+    decoder.add([Row(PROMPTS[1], seed, 50) for seed in range(late)])
+    waited = next(n for n in range(1, 99) if not decoder.turn(room) and not decoder.waiting)
+    assert waited == turns and len(decoder.running) == 8 + late
+
+
+def test_those_that_are_dropped_leave_at_once():
+    """The last row of a batch, a waiting one, and a row between others, whose answers stay what they were."""
+    model, room = make_model("llama"), Room(3, 10**6)
+    rows = [Row(PROMPTS[i % 3], i, 30) for i in range(5)]
+    whole = _decode(model, rows, ends=())[0]
+    decoder, found = _decoder(model, ends=()), {}
+    decoder.add(rows)
+    decoder.turn(room)
+    decoder.drop([rows[1], rows[4]])
+    assert set(decoder.running) == {rows[0], rows[2]} and decoder.waiting == [rows[3]]
+    while decoder.waiting or decoder.running:
+        found |= {row: ids for row, ids, _ in decoder.turn(room)}
+    assert found == {rows[i]: whole[i] for i in (0, 2, 3)}
+    decoder.add(rows[:1])
+    decoder.turn(room)
+    decoder.drop(rows)
+    assert decoder.turn(room) == [] and not decoder.running and not decoder.state.prompt_tokens
 
 
 def test_a_model_that_keeps_another_state_is_served_by_copies():

@@ -10,9 +10,9 @@ from irlign.files import read_table
 from irlign.records import Prompt, Sample
 from irlign.runs import request_seed
 from irlign.sampling import pools
+from irlign.sampling.decoder import Decoder
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, guard_finished, pool_statistics, read_pool
-from irlign.sampling.transformers_engine import TransformersEngine
 
 PROMPTS = [
     Prompt.of(t, s) for t, s in zip(("the cat", "a dog ran", "the bird", "home", "now the", "a"), ["train", "test", "dev"] * 2, strict=True)
@@ -145,22 +145,22 @@ def test_the_guard_on_cut_answers():
 
 def _memory_for(monkeypatch, rows, parts=99):
     """The machine has memory for so many rows, in the first draws at least."""
-    run, tried = TransformersEngine._run, []
+    turn, tried = Decoder.turn, {}
 
-    def watched(self, given, room):
-        tried.append(room.rows)
-        if len(tried) <= parts and min(room.rows, len(given)) > rows:
+    def watched(self, room):
+        tried.setdefault(self, room.rows)
+        if len(tried) <= parts and min(room.rows, len(self.waiting) + len(self.running)) > rows:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return run(self, given, room)
+        return turn(self, room)
 
-    monkeypatch.setattr(TransformersEngine, "_run", watched)
-    return tried
+    monkeypatch.setattr(Decoder, "turn", watched)
+    return tried.values()
 
 
 def test_memory_that_runs_out_halves_the_batch_of_that_part_only(policy, whole, tmp_path, monkeypatch):
     tried = _memory_for(monkeypatch, rows=1, parts=2)
     statistics = _draw(policy, tmp_path)
-    assert tried == [4, 2, 1, 4, 4]
+    assert [*tried] == [4, 2, 1, 4, 4]
     assert statistics == {**whole[1], "parts_halved": ["part-00000"]} and whole[1]["parts_halved"] == []
     parts = [read_table(path) for path in sorted(tmp_path.iterdir())]
     assert [{row["halvings"] for row in part} for part in parts] == [{2}, {0}, {0}]
@@ -172,7 +172,7 @@ def test_memory_that_holds_no_answer_is_an_error_with_a_remedy(policy, tmp_path,
     tried = _memory_for(monkeypatch, rows=0)
     with pytest.raises(ModelError, match="out of memory with one answer at a time") as caught:
         _draw(policy, tmp_path)
-    assert tried == [4, 2, 1] and "sampling.max_new_tokens" in str(caught.value)
+    assert [*tried] == [4, 2, 1] and "sampling.max_new_tokens" in str(caught.value)
 
 
 def test_what_the_engine_settled_on_holds_after_a_resume(policy, tmp_path, monkeypatch):

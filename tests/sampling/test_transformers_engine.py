@@ -14,6 +14,8 @@ from irlign.errors import ConfigError, DataError, ModelError
 from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import load_policy
 from irlign.records import Prompt
+from irlign.sampling.decoder import Decoder
+from irlign.sampling.ending import ending
 from irlign.sampling.engine import Request, SamplingSettings, load_engine
 
 TEXTS = ("the cat", "The red bird sang on the mat and", "a", "the dog ran home", "now the blue bird", "home", "a dog and", "the")
@@ -68,8 +70,12 @@ def test_the_stored_log_probability_is_the_policys_own(folder, settings):
     engine = _engine(folder, **settings)
     samples = engine.draw(_requests())
     prompts = [engine.format.prompt_ids(s.prompt.content) for s in samples]
-    rows = [(r, i) for r in _requests() for i in range(len(r.seeds))]
-    ids, _ = engine._decode([engine._row(r, p, i) for (r, i), p in zip(rows, prompts, strict=True)])
+    drawing, drawn = engine.drawing(), {}
+    drawing.add(dict(enumerate(_requests())))
+    rows = [row for one in drawing.open.values() for row in one.rows]
+    while len(drawn) < len(rows):
+        drawn |= {row: ids for row, ids, _ in drawing._ended()}
+    ids = [drawn[row] for row in rows]
     used = [i[: s.tokens] for i, s in zip(ids, samples, strict=True)]
     expected = sequence_log_probs(engine.policy, [Encoded(p, i) for p, i in zip(prompts, used, strict=True)])
     assert (used == ids) == ("stop" not in settings)  # what was drawn past a stop string is not counted
@@ -104,7 +110,7 @@ def test_top_k_1_is_greedy_generation(folder):
 
 
 class Scripted:
-    """An engine whose `_decode` is told what was drawn: `_finish` alone is looked at."""
+    """What was drawn is told: its ending alone is looked at."""
 
     def __init__(self, folder, **settings):
         self.engine = _engine(folder, **settings)
@@ -112,7 +118,8 @@ class Scripted:
 
     def finish(self, text, *, eos=False):
         ids = self.engine.format.encode(["the cat"], [text])[0].completion_ids
-        return self.engine._finish(self.prompt, ids if eos else ids[:-1])
+        engine = self.engine
+        return ending(engine.format, self.prompt, ids if eos else ids[:-1], eos_ids=engine.eos_ids, stop=engine.settings.stop)
 
 
 def test_how_an_answer_ends(folder):
@@ -194,23 +201,108 @@ def test_bfloat16_draws_nearly_the_same_and_scores_its_own(folder):
     assert [y.logprob for _, y in alike] == pytest.approx([x.logprob for x, _ in alike], rel=0.05)
 
 
-def test_an_answer_is_watched_while_it_is_drawn_and_may_be_left(folder):
-    """What is heard grows toward the answer; who leaves ends theirs at the next look, and nobody else's. A limit of one's own holds."""
+def test_an_answer_is_watched_while_it_is_drawn(folder):
+    """What is heard grows toward the answer. A limit of one's own holds."""
     heard = {}
 
     def watch(i, text):
         heard.setdefault(i, []).append(text)
-        return i == 1
 
     engine = _engine(folder, max_new_tokens=40)
     prompt = Prompt.of("the cat", "train")
     alone = engine.draw([Request(prompt, (5, 6, 7))])
     watched = engine.answers([Request(prompt, (5, 6, 7), watch=watch), Request(prompt, (5,), limit=3)])
-    assert [d.sample.completion for d in (watched[0], watched[2])] == [alone[0].completion, alone[2].completion]
-    assert all(alone[i].completion.startswith(text) for i in (0, 2) for text in heard[i]) and len(heard[0]) + len(heard[2]) > 2
-    assert len(heard[1]) == 1 and watched[1].sample.tokens <= 9 and alone[1].completion.startswith(watched[1].sample.completion)
+    assert [d.sample.completion for d in watched[:3]] == [s.completion for s in alone]
+    assert all(alone[i].completion.startswith(text) for i in range(3) for text in heard[i]) and sum(map(len, heard.values())) > 3
     assert watched[3].sample.tokens <= 3 and alone[0].completion.startswith(watched[3].sample.completion)
     assert [len(d.ids) for d in watched] == [len(d.logprobs) for d in watched] == [d.sample.tokens for d in watched]
     assert sum(watched[0].logprobs) == pytest.approx(watched[0].sample.logprob) and watched[0].prompt_tokens == 3
     greedy = engine.under(SamplingSettings(max_new_tokens=5, top_k=1))
     assert len({s.completion for s in greedy.draw([Request(prompt, (1, 2, 3))])}) == 1 and engine.settings.top_k == 0
+
+
+def _to_the_end(drawing, found=None):
+    """The answers to all requests that are open, by number."""
+    found = {} if found is None else found
+    while drawing.open:
+        found |= drawing.turn()
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"stop": ["."]}], ids=["sampled", "greedy", "stops"])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_a_request_that_joins_gets_what_it_gets_alone(folder, settings, batch_size):
+    """One more at every turn, in batches with and without room for it; each is answered as if nothing else had been asked."""
+    engine = _engine(folder, max_new_tokens=40, batch_size=batch_size, **settings)
+    requests = _requests(count=2)
+    drawing, found = engine.drawing(), {}
+    for number, request in enumerate(requests):
+        drawing.add({number: request})
+        found |= drawing.turn()
+    assert len(found) < len(requests)  # some did join others
+    _to_the_end(drawing, found)
+    for number, request in enumerate(requests):
+        alone = engine.answers([request])
+        assert _drawn(d.sample for d in found[number]) == _drawn(d.sample for d in alone)
+        assert [d.ids for d in found[number]] == [d.ids for d in alone]
+        assert [d.sample.logprob for d in found[number]] == pytest.approx([d.sample.logprob for d in alone], abs=1e-4)
+
+
+def test_a_short_request_that_comes_late_is_answered_first(folder):
+    engine = _engine(folder, max_new_tokens=60)
+    with torch.no_grad():
+        engine.policy.model.lm_head.weight[engine.eos_ids] *= 0  # nothing ends before its limit, or hardly
+    drawing, order = engine.drawing(), []
+    drawing.add({0: Request(Prompt.of("the cat", "train"), (1, 2, 3, 4))})
+    order += drawing.turn()
+    drawing.add({1: Request(Prompt.of("the dog", "train"), (1,), limit=4)})
+    while drawing.open:
+        order += drawing.turn()
+    assert order == [1, 0]
+
+
+def test_a_request_that_is_dropped_frees_its_rows(folder):
+    """Rows that run and rows that wait; those beside them are drawn as without it."""
+    engine = _engine(folder, max_new_tokens=40, batch_size=4)
+    requests = _requests(count=3)[:3]
+    drawing = engine.drawing()
+    drawing.add(dict(enumerate(requests)))
+    early = drawing.turn()
+    decoder = drawing.decoder
+    assert decoder.waiting and 1 not in early and any(row in decoder.running for row in drawing.open[1].rows)
+    gone = drawing.open[1].rows
+    drawing.drop(1)
+    assert not {*gone} & {*decoder.running, *decoder.waiting} and len(decoder.running) == len(decoder.batch.age_B)
+    found = _to_the_end(drawing, early)
+    assert set(found) == {0, 2}
+    for number in found:
+        assert _drawn(d.sample for d in found[number]) == _drawn(engine.draw([requests[number]]))
+    drawing.add({7: requests[1]})
+    drawing.drop(7)
+    assert not drawing.turn() and not drawing.open
+
+
+def test_a_prompt_too_long_joins_nothing_and_stops_nothing(folder):
+    engine = _engine(folder)
+    drawing = engine.drawing()
+    drawing.add({0: _requests()[0]})
+    drawing.turn()
+    with pytest.raises(DataError, match="leaves no room"):
+        drawing.add({1: Request(Prompt.of(" ".join(["the cat ran"] * 30), "train"), (1,))})
+    assert _drawn(d.sample for d in _to_the_end(drawing)[0]) == _drawn(engine.draw(_requests()[:1]))
+
+
+def test_memory_that_runs_out_starts_only_unfinished_answers_anew(folder, monkeypatch):
+    """The fourth turn fails once: what was there is kept, the rest is drawn in half the batch, and the answers are the same."""
+    engine = _engine(folder, max_new_tokens=40)
+    whole, turn, rooms = engine.answers(_requests()), Decoder.turn, []
+
+    def failing(self, room):
+        rooms.append((room.rows, len(self.waiting) + len(self.running)))
+        if len(rooms) == 4:
+            raise RuntimeError("CUDA out of memory")
+        return turn(self, room)
+
+    monkeypatch.setattr(Decoder, "turn", failing)
+    assert [d.ids for d in engine.answers(_requests())] == [d.ids for d in whole] and engine.halvings == 1
+    assert rooms[3][0] == 256 and rooms[4] == (128, rooms[3][1]) and rooms[3][1] < rooms[0][1]

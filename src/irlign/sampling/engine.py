@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -128,14 +129,13 @@ class SamplingSettings(Settings):
 class Request:
     """One prompt and the seed of each answer wanted; `limit` is the most tokens of each, where it is not the settings' own.
 
-    `watch(i, text)`, where given, is told the text of answer i every few tokens while it is drawn, by engines that draw here, and says
-    whether the answer may end there: nobody waits for it any more.
+    `watch(i, text)`, where given, is told the text of answer i every few tokens while it is drawn, by engines that draw here.
     """
 
     prompt: Prompt
     seeds: tuple[int, ...]
     limit: int | None = None
-    watch: Callable[[int, str], bool] | None = None
+    watch: Callable[[int, str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,22 @@ class Drawn:
     prompt_tokens: int
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+
+
+class Drawing(Protocol):
+    """Requests that are drawn together, each under a number of its own; others may join, and some be dropped, between two turns."""
+
+    def add(self, requests: Mapping[int, Request]) -> None:
+        """These begin as soon as there is room. Raises DataError, and adds none, for a prompt that is known to have no answer."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for this request any more."""
+        ...
+
+    def turn(self) -> dict[int, list[Drawn]]:
+        """Go on for a little while; the answers to each request that now has all of them, in order. What it raises ends all."""
+        ...
 
 
 class Engine(Protocol):
@@ -170,9 +186,32 @@ class Engine(Protocol):
         """The same with their tokens."""
         ...
 
+    def drawing(self) -> Drawing:
+        """Requests to be drawn together, none yet."""
+        ...
+
     def under(self, settings: SamplingSettings) -> "Engine":
         """The same policy, and the same weights in memory, under another law of drawing."""
         ...
+
+
+class AtOnce:
+    """The `Drawing` of an engine whose draw nothing can join: one turn draws all that was added."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.requests = engine, dict[int, Request]()
+
+    def add(self, requests: Mapping[int, Request]) -> None:
+        self.requests |= requests
+
+    def drop(self, number: int) -> None:
+        del self.requests[number]
+
+    def turn(self) -> dict[int, list[Drawn]]:
+        drawn = iter(self.engine.answers([*self.requests.values()]))
+        found = {number: list(islice(drawn, len(request.seeds))) for number, request in self.requests.items()}
+        self.requests.clear()
+        return found
 
 
 def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> None:

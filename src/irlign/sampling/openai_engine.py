@@ -22,7 +22,7 @@ from irlign.errors import DataError
 from irlign.policy.load import load_tokenizer
 from irlign.progress import Progress
 from irlign.records import FinishReason, Prompt, Sample
-from irlign.sampling.engine import Drawn, Request, SamplingSettings, ServedSettings
+from irlign.sampling.engine import AtOnce, Drawn, Request, SamplingSettings, ServedSettings
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # said aloud: servers take the model's own defaults otherwise
@@ -85,6 +85,10 @@ class OpenAIEngine:
         other = copy.copy(self)
         other.settings = settings
         return other
+
+    def drawing(self) -> AtOnce:
+        """Requests to be asked for together, none yet."""
+        return AtOnce(self)
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Raises ConfigError or ModelError as `Endpoint.ask` does, DataError for a prompt that

@@ -1,16 +1,17 @@
 """Sampling in process from any transformers causal language model, on a CPU or a GPU.
 
 Answers that start together share their prompt's keys and values; finished rows leave the batch and waiting ones take their
-places. Tokens are drawn by inverting the cumulative distribution with uniforms that belong to the request, so a request's
-samples do not depend on what else is in the batch, with one exception: products are rounded differently in batches of
-different shapes, and where that carries a cumulative share across the uniform, another token is drawn and the rest of that
-answer differs (seldom in float32; bfloat16 keeps three digits). The same call with the same settings and `settled` on the
-same machine gives the same bytes. Models without transformers' attention interface are served by copies of the prompt's
-cache, without joining.
+places, those of requests that come while others are drawn among them (`drawing`). Tokens are drawn by inverting the cumulative
+distribution with uniforms that belong to the request, so a request's samples do not depend on what else is in the batch, with
+one exception: products are rounded differently in batches of different shapes, and where that carries a cumulative share across
+the uniform, another token is drawn and the rest of that answer differs (seldom in float32; bfloat16 keeps three digits). The
+same call with the same settings and `settled` on the same machine gives the same bytes. Models without transformers' attention
+interface are served by copies of the prompt's cache, without joining.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from irlign.data.chat import Format
 from irlign.errors import DataError, ModelError, out_of_memory
 from irlign.machine import free_memory
 from irlign.policy.load import load_policy
-from irlign.records import FinishReason, Sample
-from irlign.sampling.decoder import Decoder, Room, Row
+from irlign.records import Sample
+from irlign.sampling.decoder import Decoder, Ended, Room, Row
 from irlign.sampling.ending import ending
 from irlign.sampling.engine import Drawn, Request, SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
@@ -73,79 +74,129 @@ class TransformersEngine:
         other.settings = settings
         return other
 
+    def drawing(self) -> "JoinedDrawing":
+        """Requests to be drawn together, none yet."""
+        return JoinedDrawing(self)
+
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches never cross calls.
 
-        Memory that runs out halves the batch and starts anew; `halvings` says how often, for this call only.
+        Memory that runs out halves the batch; `halvings` says how often, for this call only.
         """
         return [one.sample for one in self.answers(requests)]
 
     def answers(self, requests: Sequence[Request]) -> list[Drawn]:
         """The same with their tokens."""
-        prompts = self.format.prompts_ids([r.prompt.content for r in requests])
-        limit = self.policy.max_length
-        for request, ids in zip(requests, prompts, strict=True):
+        drawing, found = self.drawing(), dict[int, list[Drawn]]()
+        drawing.add(dict(enumerate(requests)))
+        while len(found) < len(requests):
+            found |= drawing.turn()
+        self.halvings = drawing.halvings
+        return [one for number in range(len(requests)) for one in found[number]]
+
+    def room(self, halvings: int = 0) -> Room:
+        """What fits at once, after so many halvings. Logits, their weights and a copy weigh as much as some tokens."""
+        vocabulary = int(self.policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        rows, tokens = self.settings.batch_size >> halvings, self.settled["batch_tokens"] >> halvings
+        return Room(max(1, rows), tokens, row_tokens=12 * vocabulary // self._token_bytes)
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A request whose answers are drawn: its prompt's tokens, a row for each answer, and the answers that are there, by number."""
+
+    request: Request
+    prompt: Sequence[int]
+    rows: Sequence[Row]
+    drawn: dict[int, Drawn]
+
+    @property
+    def left(self) -> list[Row]:
+        """The rows of the answers that are not there."""
+        return [row for i, row in enumerate(self.rows) if i not in self.drawn]
+
+
+class JoinedDrawing:
+    """A `Drawing` that requests join and leave while others are drawn.
+
+    Memory that runs out halves the batch from then on, and starts the answers that are not there anew; `halvings` says how often.
+    """
+
+    def __init__(self, engine: TransformersEngine):
+        self.engine, self.halvings, self.open = engine, 0, dict[int, _Open]()
+        self.decoder = self._decoder()
+
+    def _decoder(self) -> Decoder:
+        e = self.engine
+        state = e.state(e.policy.model, e.policy.pad_id)
+        return Decoder(state, e.settings, ends=e.eos_ids, context=e.policy.max_length, stopped=self._stopped)
+
+    def add(self, requests: Mapping[int, Request]) -> None:
+        """These begin as soon as there is room. Raises DataError, and adds none, where a prompt leaves no room for an answer."""
+        prompts = self.engine.format.prompts_ids([r.prompt.content for r in requests.values()])
+        limit = self.engine.policy.max_length
+        for request, ids in zip(requests.values(), prompts, strict=True):
             if len(ids) >= limit:
                 raise DataError(
                     f"a prompt of {len(ids)} tokens leaves no room for an answer: the model reads {limit}",
                     where=f"prompt {request.prompt.prompt_id}",
                     do="drop or truncate long prompts (data.on_overlong)",
                 )
-        wanted = [(request, ids, i) for request, ids in zip(requests, prompts, strict=True) for i in range(len(request.seeds))]
-        drawn, logprobs = self._decode([self._row(*of) for of in wanted])
-        found = []
-        for (request, prompt, i), ids, row_logprobs in zip(wanted, drawn, logprobs, strict=True):
-            text, reason, used = self._finish(prompt, ids)
-            sample = Sample(request.prompt, i, text, reason, used, float(np.sum(row_logprobs[:used])))
-            found.append(Drawn(sample, len(prompt), tuple(ids[:used]), tuple(row_logprobs[:used].tolist())))
-        return found
+        for (number, request), ids in zip(requests.items(), prompts, strict=True):
+            self.open[number] = _Open(request, ids, [self._row(request, ids, i) for i in range(len(request.seeds))], {})
+            self.decoder.add(self.open[number].rows)
 
     def _row(self, request: Request, prompt: Sequence[int], i: int) -> Row:
         """Answer i to a request, as the decode loop draws it."""
-        limit = min(request.limit or self.settings.max_new_tokens, self.policy.max_length - len(prompt))
+        limit = min(request.limit or self.engine.settings.max_new_tokens, self.engine.policy.max_length - len(prompt))
         return Row(tuple(prompt), request.seeds[i], limit, request.watch and partial(request.watch, i))
 
-    def _decode(self, rows: Sequence[Row]) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids (EOS included) and their log-probabilities at temperature 1, for each row."""
-        self.halvings = 0
+    def drop(self, number: int) -> None:
+        """Nobody waits for this request any more."""
+        self.decoder.drop(self.open.pop(number).left)
+
+    def turn(self) -> dict[int, list[Drawn]]:
+        """Some tokens further; the answers to each request that now has all of them."""
+        owner = {row: (one, i) for one in self.open.values() for i, row in enumerate(one.rows)}
+        for row, ids, logprobs in self._ended():
+            one, i = owner[row]
+            one.drawn[i] = self._drawn(one, i, ids, logprobs)
+        ready = [number for number, one in self.open.items() if len(one.drawn) == len(one.rows)]
+        return {number: [one.drawn[i] for i in range(len(one.rows))] for number in ready for one in [self.open.pop(number)]}
+
+    def _ended(self) -> list[Ended]:
+        """The rows that have ended in this turn."""
         while True:
             try:
-                ids, logprobs = self._run(rows, self._room())
-                break
+                return self.decoder.turn(self.engine.room(self.halvings))
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self._room().rows == 1:
+                if not out_of_memory(error) or self.engine.room(self.halvings).rows == 1:
                     raise
             self.halvings += 1
-        if not all(np.isfinite(row).all() for row in logprobs):
-            raise ModelError("its token probabilities are not finite", where=self.policy.name, do="train it again, or give another")
-        return ids, logprobs
+            self.decoder = self._decoder()
+            self.decoder.add([row for one in self.open.values() for row in one.left])
 
-    def _room(self) -> Room:
-        """What fits at once, after the halvings so far. Logits, their weights and a copy weigh as much as some tokens."""
-        vocabulary = int(self.policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        rows, tokens = self.settings.batch_size >> self.halvings, self.settled["batch_tokens"] >> self.halvings
-        return Room(max(1, rows), tokens, row_tokens=12 * vocabulary // self._token_bytes)
-
-    def _run(self, rows: Sequence[Row], room: Room) -> tuple[list[list[int]], list[np.ndarray]]:
-        state = self.state(self.policy.model, self.policy.pad_id)
-        context = self.policy.max_length
-        return Decoder(state, rows, self.settings, ends=self.eos_ids, context=context, stopped=self._stopped).run(room)
+    def _drawn(self, one: _Open, i: int, ids: list[int], logprobs: np.ndarray) -> Drawn:
+        """Answer i to a request, from its tokens. Raises ModelError where their log-probabilities are not finite."""
+        e = self.engine
+        if not np.isfinite(logprobs).all():
+            raise ModelError("its token probabilities are not finite", where=e.policy.name, do="train it again, or give another")
+        text, reason, used = ending(e.format, one.prompt, ids, eos_ids=e.eos_ids, stop=e.settings.stop)
+        sample = Sample(one.request.prompt, i, text, reason, used, float(np.sum(logprobs[:used])))
+        return Drawn(sample, len(one.prompt), tuple(ids[:used]), tuple(logprobs[:used].tolist()))
 
     def _stopped(self, rows: list[Row], drawn: list[np.ndarray]) -> np.ndarray:
-        """Which rows already hold a stop string, or may end because nobody waits for them."""
-        over = np.zeros(len(rows), dtype=bool)
-        seen = [i for i, row in enumerate(rows) if self.settings.stop or row.watch]
+        """Which rows already hold a stop string; who watches hears what there is."""
+        over, stops = np.zeros(len(rows), dtype=bool), self.engine.settings.stop
+        seen = [i for i, row in enumerate(rows) if stops or row.watch]
         bodies = [self._before_end(drawn[i].tolist()) for i in seen]
-        for i, text in zip(seen, self.format.decode_completions([rows[i].prompt for i in seen], bodies), strict=True):
-            cut = min((text.index(stop) for stop in self.settings.stop if stop in text), default=None)
-            watch = rows[i].watch
-            left = watch is not None and watch(text[:cut])
-            over[i] = cut is not None or left
+        for i, text in zip(seen, self.engine.format.decode_completions([rows[i].prompt for i in seen], bodies), strict=True):
+            cut = min((text.index(stop) for stop in stops if stop in text), default=None)
+            if watch := rows[i].watch:
+                watch(text[:cut])
+            over[i] = cut is not None
         return over
 
     def _before_end(self, ids: list[int]) -> list[int]:
         """What stands before the first end token: some rows were drawn a few tokens further."""
-        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), None)]
-
-    def _finish(self, prompt: Sequence[int], ids: list[int]) -> tuple[str, FinishReason, int]:
-        return ending(self.format, prompt, ids, eos_ids=self.eos_ids, stop=self.settings.stop)
+        return ids[: next((i for i, token in enumerate(ids) if token in self.engine.eos_ids), None)]

@@ -25,7 +25,7 @@ from irlign.machine import python_with
 from irlign.policy.load import load_config, load_tokenizer
 from irlign.records import Sample
 from irlign.sampling.ending import ending
-from irlign.sampling.engine import Drawn, Request, SamplingSettings
+from irlign.sampling.engine import AtOnce, Drawn, Request, SamplingSettings
 
 PYTHON = "IRLIGN_VLLM_PYTHON"  # the environment's word for sampling.vllm.python
 CHILD = Path(__file__).with_name("vllm_child.py")
@@ -62,6 +62,10 @@ class VLLMEngine:
         other = copy.copy(self)
         other.settings = settings
         return other
+
+    def drawing(self) -> AtOnce:
+        """Requests to be asked for together, none yet."""
+        return AtOnce(self)
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Raises DataError for a prompt that leaves no room, ModelError where vLLM fails."""

@@ -1,7 +1,8 @@
 """Answers of a finished run: drawn by its policy or at an upstream, scored by its reward, selected as `irlign bon` selects.
 
 The candidates of a prompt have the seeds that the stage `sample` would give them under the request's seed, so a request with the
-run's own seed and settings gives what best_of_n/selected.jsonl holds, up to the rounding that sampling/transformers_engine.py names.
+run's own seed and settings gives what best_of_n/selected.jsonl holds, up to the rounding that sampling/transformers_engine.py names. Requests are answered together (`Answering`), and
+each is scored and selected as soon as its own candidates are there.
 """
 
 import secrets
@@ -17,8 +18,10 @@ from irlign.optimise.label_free import guard_n
 from irlign.records import Prompt, PromptContent
 from irlign.reward.model import RewardModel
 from irlign.runs import request_seed
-from irlign.sampling.engine import Drawn, Engine, Request, SamplingSettings
+from irlign.sampling.engine import Drawing, Drawn, Engine, Request, SamplingSettings
 from irlign.sampling.transformers_engine import TransformersEngine
+
+Rows = Sequence[tuple[PromptContent, str]]  # prompts and answers to be scored
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Ask:
     seed: int
     limit: int
     law: SamplingSettings
-    watch: Callable[[int, str], bool] | None = None
+    watch: Callable[[int, str], None] | None = None
 
     @property
     def count(self) -> int:
@@ -105,9 +108,9 @@ class ScoreAsk:
         return len(self.completions)
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """Scores of all prompts go together."""
-        return ("score",)
+    def kind(self) -> None:
+        """Scores go together with anything."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def ask(
     return Ask(Prompt.of(served.content(content), "served"), groups, each, kept, seed, limit or served.sampling.max_new_tokens, law)
 
 
-def watched(asks: Sequence[Ask], tell: Callable[[tuple[int, str]], bool]) -> list[Ask]:
+def watched(asks: Sequence[Ask], tell: Callable[[tuple[int, str]], None]) -> list[Ask]:
     """The asks, of which those that select nothing `tell` the number of a choice and its text so far while it is drawn."""
     found, first = list[Ask](), 0
     for one in asks:
@@ -173,19 +176,14 @@ def watched(asks: Sequence[Ask], tell: Callable[[tuple[int, str]], bool]) -> lis
 
 
 class Answerer:
-    """Draws, scores and selects; not for two threads at once."""
+    """What draws, scores and selects; not for two threads at once."""
 
     def __init__(self, served: Served, engine: Engine, reward: RewardModel):
         self.served, self.engine, self.reward = served, engine, reward
 
-    def work(self, items: Sequence[Ask | ScoreAsk]) -> list[Any]:
-        """Answered, or an array of rewards, or a DataError, for each of several asks of one kind and one law."""
-        if isinstance(items[0], ScoreAsk):
-            return self._score([item for item in items if isinstance(item, ScoreAsk)])
-        asks = [item for item in items if isinstance(item, Ask)]
-        problems = [self._problem(one) for one in asks]
-        answered = iter(self._answer([one for one, problem in zip(asks, problems, strict=True) if problem is None]))
-        return [next(answered) if problem is None else problem for problem in problems]
+    def begin(self) -> "Answering":
+        """Asks to be answered together, none yet."""
+        return Answering(self)
 
     def token_texts(self, pick: Pick) -> list[str]:
         """The text of each drawn token by itself; the end's is empty."""
@@ -193,35 +191,26 @@ class Answerer:
         ends, tokenizer = self.engine.eos_ids, self.engine.policy.tokenizer
         return ["" if i in ends else str(tokenizer.decode([i])) for i in pick.drawn.ids]
 
-    def _problem(self, one: Ask) -> DataError | None:
-        """Why a prompt cannot be answered at all, so that it does not stop those beside it."""
-        if not isinstance(self.engine, TransformersEngine):
-            return None
-        try:
-            tokens, most = len(self.engine.format.prompt_ids(one.prompt.content)), self.engine.policy.max_length
-        except DataError as error:
-            return error
-        return DataError(f"the prompt has {tokens} tokens, and the model reads {most}, its answer among them") if tokens >= most else None
-
-    def _answer(self, asks: Sequence[Ask]) -> list[Answered]:
-        """The selected answers to each; drawn in one batch, scored in one batch."""
-        if not asks:
-            return []
+    def request(self, one: Ask) -> Request:
+        """What is drawn for an ask: every candidate, with the seed that the stage `sample` would give it."""
         stage = f"sample-{self.served.policy}"
-        requests = [
-            Request(a.prompt, tuple(request_seed(a.seed, stage, a.prompt.prompt_id, i) for i in range(a.count)), a.limit, a.watch)
-            for a in asks
-        ]
-        drawn = self.engine.under(asks[0].law).answers(requests)
-        rewards = self.reward.score([d.sample.prompt.content for d in drawn], [scored_text(d.sample) for d in drawn])
-        found, start = [], 0
-        for one in asks:
-            part = slice(start, start + one.count)
-            found.append(self._select(one, drawn[part], rewards[part]))
-            start += one.count
-        return found
+        seeds = tuple(request_seed(one.seed, stage, one.prompt.prompt_id, i) for i in range(one.count))
+        return Request(one.prompt, seeds, one.limit, one.watch)
 
-    def _select(self, one: Ask, drawn: Sequence[Drawn], rewards: np.ndarray) -> Answered:
+    def rewards(self, lots: Mapping[int, Rows]) -> dict[int, np.ndarray | Exception]:
+        """The rewards of each lot of answers, all in one batch; where that fails, each lot is tried by itself."""
+        if not lots:
+            return {}
+        rows = [row for lot in lots.values() for row in lot]
+        try:
+            rewards = self.reward.score([prompt for prompt, _ in rows], [text for _, text in rows])
+        except Exception as error:
+            if len(lots) == 1:
+                return dict.fromkeys(lots, error)
+            return {number: found for key, lot in lots.items() for number, found in self.rewards({key: lot}).items()}
+        return dict(zip(lots, np.split(rewards, np.cumsum([len(lot) for lot in lots.values()])[:-1]), strict=True))
+
+    def select(self, one: Ask, drawn: Sequence[Drawn], rewards: np.ndarray) -> Answered:
         """The best of each group, by what `irlign bon` compares."""
         name = self.served.reward
         rows = candidate_rows([replace(d.sample, index=i) for i, d in enumerate(drawn)], {name: rewards})
@@ -231,8 +220,47 @@ class Answerer:
             picks += [Pick(drawn[row["index"]], float(rewards[row["index"]]), row["index"]) for row in best[: one.kept]]
         return Answered(picks, drawn[0].prompt_tokens, sum(d.sample.tokens for d in drawn))
 
-    def _score(self, asks: Sequence[ScoreAsk]) -> list[np.ndarray]:
-        """The rewards of the answers of each, scored in one batch."""
-        rows = [(one.prompt, text) for one in asks for text in one.completions]
-        rewards = self.reward.score([prompt for prompt, _ in rows], [text for _, text in rows])
-        return np.split(rewards, np.cumsum([len(one.completions) for one in asks])[:-1])
+
+class Answering:
+    """Asks of one kind that are answered together, and scores beside them: a `Work` of serving/batches.py.
+
+    Each ask is scored and selected in the turn in which the last of its candidates ends; a prompt that cannot be answered is a
+    DataError of its own.
+    """
+
+    def __init__(self, answerer: Answerer):
+        self.answerer = answerer
+        self.drawing: Drawing | None = None
+        self.asks, self.scores, self.problems = dict[int, Ask](), dict[int, ScoreAsk](), dict[int, DataError]()
+
+    def add(self, number: int, item: Ask | ScoreAsk) -> None:
+        """One more."""
+        if isinstance(item, ScoreAsk):
+            self.scores[number] = item
+            return
+        self.drawing = self.drawing or self.answerer.engine.under(item.law).drawing()
+        try:
+            self.drawing.add({number: self.answerer.request(item)})
+            self.asks[number] = item
+        except DataError as error:
+            self.problems[number] = error
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for this one any more."""
+        if self.asks.pop(number, None) and self.drawing:
+            self.drawing.drop(number)
+        self.scores.pop(number, None)
+        self.problems.pop(number, None)
+
+    def turn(self) -> list[tuple[int, Any]]:
+        """Some tokens further: Answered, or an array of rewards, or an exception, for each that is finished."""
+        drawn = self.drawing.turn() if self.drawing and self.asks else {}
+        lots: dict[int, Rows] = {number: [(one.prompt, text) for text in one.completions] for number, one in self.scores.items()}
+        lots |= {number: [(d.sample.prompt.content, scored_text(d.sample)) for d in of] for number, of in drawn.items()}
+        found: dict[int, Any] = {**self.problems, **self.answerer.rewards(lots)}
+        for number in drawn:
+            one = self.asks.pop(number)
+            if not isinstance(found[number], Exception):
+                found[number] = self.answerer.select(one, drawn[number], found[number])
+        self.scores, self.problems = {}, {}
+        return [*found.items()]

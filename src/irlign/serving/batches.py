@@ -1,16 +1,23 @@
-"""Requests that wait are worked on together: a bounded queue and the one thread that owns the model. It knows nothing of what is asked."""
+"""Requests that wait are worked on together: a bounded queue and the one thread that owns the model. It knows nothing of what is asked.
 
+Work goes in turns. What waits may join between two turns, what is finished is answered at once, and what nobody waits for any more
+is dropped. To be fair, nothing joins past a request that has to wait: what runs ends then, and that request begins.
+"""
+
+import itertools
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Asked = TypeVar("Asked", contravariant=True)
+Given = TypeVar("Given", covariant=True)
 
 
 class Full(Exception):
@@ -25,31 +32,50 @@ class Closed(Exception):
     """Nothing is accepted any more."""
 
 
+class Work(Protocol[Asked, Given]):
+    """Items that are worked on together, each under a number of its own; what any of its methods raises ends all of it."""
+
+    def add(self, number: int, item: Asked) -> None:
+        """One more."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Nobody waits for this one any more."""
+        ...
+
+    def turn(self) -> Iterable[tuple[int, Given | Exception]]:
+        """Go on for a little while; the results, or exceptions as results, of those that are finished."""
+        ...
+
+
 @dataclass(frozen=True)
-class _Waiting(Generic[Item, Result]):
+class _Asked(Generic[Item, Result]):
     item: Item
-    future: "Future[Result]"
+    future: "Future[Result]" = field(default_factory=Future)
 
 
 class Batches(Generic[Item, Result]):
-    """`submit(items)` gives futures; one thread takes the first that waits with all others that may go `together`, up to `most` in `size`.
+    """`submit(items)` gives futures; one thread works on the first that waits with all others that may go `together`, up to `most` in
+    `size`, in a `begin()`, and on those that join them. What is together with anything is together with None.
 
-    `work(items)` gives a result, or an exception as a result, for each. Where it raises for several, each is tried alone, so that none
-    fails for another's sake. At most `waiting` wait. `done(size, seconds)` hears of each batch.
+    Where the work raises, each item that is not finished is tried alone, so that none fails for another's sake. At most `waiting` wait.
+    `done(size, seconds)` hears of each turn.
     """
 
     def __init__(
         self,
-        work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        begin: Callable[[], Work[Item, Result]],
         *,
-        together: Callable[[Item], Hashable],
+        together: Callable[[Item], Hashable | None],
         size: Callable[[Item], int],
         most: int,
         waiting: int,
         done: Callable[[int, float], None] = lambda size, seconds: None,
     ):
-        self.work, self.together, self.size, self.most, self.room, self.done = work, together, size, most, waiting, done
-        self._queue: deque[_Waiting[Item, Result]] = deque()
+        self.begin, self.together, self.size, self.most, self.room, self.done = begin, together, size, most, waiting, done
+        self._queue: deque[_Asked[Item, Result]] = deque()
+        self._open: dict[int, tuple[_Asked[Item, Result], float]] = {}  # what is worked on by its number, and since when
+        self._numbers = itertools.count()
         self._change = threading.Condition()
         self._closed, self._seconds = False, 1.0
         self._thread = threading.Thread(target=self._run, name="irlign-model", daemon=True)
@@ -60,14 +86,19 @@ class Batches(Generic[Item, Result]):
         """How many wait now."""
         return len(self._queue)
 
+    @property
+    def running(self) -> int:
+        """How many are worked on now."""
+        return len(self._open)
+
     def submit(self, items: Sequence[Item]) -> "list[Future[Result]]":
-        """All of them or none. A future that is cancelled before its turn is not worked on. Raises Full and Closed."""
+        """All of them or none. A future that is cancelled is not worked on, or no longer from the next turn on. Raises Full and Closed."""
         with self._change:
             if self._closed:
                 raise Closed
             if len(self._queue) + len(items) > self.room:
                 raise Full(len(self._queue), self._patience())
-            added: list[_Waiting[Item, Result]] = [_Waiting(item, Future()) for item in items]
+            added: list[_Asked[Item, Result]] = [_Asked(item) for item in items]
             self._queue += added
             self._change.notify()
         return [one.future for one in added]
@@ -83,45 +114,78 @@ class Batches(Generic[Item, Result]):
         """Seconds in which the queue may have been worked through, at the speed of late."""
         return max(1, math.ceil(self._seconds * math.ceil(sum(self.size(one.item) for one in self._queue) / self.most)))
 
-    def _take(self) -> list[_Waiting[Item, Result]]:
-        """The next batch; empty at the end of all."""
-        with self._change:
-            self._change.wait_for(lambda: self._queue or self._closed)
-            batch: list[_Waiting[Item, Result]] = []
-            rest: deque[_Waiting[Item, Result]] = deque()
-            size = 0
-            for one in self._queue:
-                fits = not batch or (size + self.size(one.item) <= self.most and self.together(one.item) == self.together(batch[0].item))
-                (batch if fits else rest).append(one)
-                size += self.size(one.item) if fits else 0
-            self._queue = rest
-            return batch
-
     def _run(self) -> None:
-        while batch := self._take():
-            live = [one for one in batch if one.future.set_running_or_notify_cancel()]
-            if not live:
-                continue
-            started = time.monotonic()
-            self._finish(live)
-            seconds = time.monotonic() - started
+        while True:
             with self._change:
-                self._seconds = (self._seconds + seconds) / 2
-            self.done(sum(self.size(one.item) for one in live), seconds)
+                self._change.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+            self._work(self._take())
 
-    def _finish(self, batch: Sequence[_Waiting[Item, Result]]) -> None:
-        """Every future of the batch gets its result or its exception."""
-        try:
-            results = self.work([one.item for one in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].future.set_exception(error)
-                return
-            for one in batch:
-                self._finish([one])
+    def _take(self) -> list[int]:
+        """The numbers of those that begin now, in order: beside those that run, up to the first that may not."""
+        with self._change:
+            first, rest = len(self._open) == 0, deque[_Asked[Item, Result]]()
+            inside = [one.item for one, _ in self._open.values()]
+            size, kind = sum(map(self.size, inside)), next((kind for kind in map(self.together, inside) if kind is not None), None)
+            taken = list[int]()
+            for one in (one for one in self._queue if not one.future.cancelled()):
+                own, more = self.together(one.item), self.size(one.item)
+                fits = not size or (size + more <= self.most and (None in (own, kind) or own == kind))
+                if fits and (first or not rest):
+                    taken.append(next(self._numbers))
+                    self._open[taken[-1]] = one, time.monotonic()
+                    kind, size = own if kind is None else kind, size + more
+                else:
+                    rest.append(one)
+            self._queue = rest
+            return taken
+
+    def _work(self, new: Sequence[int], alone: bool = False) -> None:
+        """Work on these and, unless they are to be `alone`, on those that join them, until each has its result or its exception."""
+        error = self._try(new, alone)
+        left, self._open = self._open, {}
+        if error and len(left) == 1:
+            for one, _ in left.values():
+                _answer(one, error)
             return
-        for one, result in zip(batch, results, strict=True):
-            if isinstance(result, Exception):
-                one.future.set_exception(result)
-            else:
-                one.future.set_result(result)
+        del error  # it holds what the failed work held
+        for number in left:
+            self._open = {number: left[number]}
+            self._work([number], alone=True)
+
+    def _try(self, new: Sequence[int], alone: bool) -> Exception | None:
+        """The same until none is left, or until it raises; what it raised."""
+        try:
+            work = self.begin()
+            while self._open:
+                for number in new:
+                    work.add(number, self._open[number][0].item)
+                for number in [number for number, (one, _) in self._open.items() if one.future.cancelled()]:
+                    del self._open[number]
+                    work.drop(number)
+                if self._open:
+                    self._turn(work)
+                new = self._take() if self._open and not alone else []
+        except Exception as error:
+            return error
+        return None
+
+    def _turn(self, work: Work[Item, Result]) -> None:
+        """What is finished in this turn is answered."""
+        started, size = time.monotonic(), sum(self.size(one.item) for one, _ in self._open.values())
+        for number, result in work.turn():
+            one, since = self._open.pop(number)
+            self._seconds = (self._seconds + time.monotonic() - since) / 2
+            _answer(one, result)
+        self.done(size, time.monotonic() - started)
+
+
+def _answer(one: _Asked[Item, Result], result: Result | Exception) -> None:
+    """Nothing, where nobody waits for it any more."""
+    if not one.future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        one.future.set_exception(result)
+    else:
+        one.future.set_result(result)

@@ -15,7 +15,7 @@ from irlign.records import Demonstration
 from irlign.reward.load import load_resident
 from irlign.runs import Run
 from irlign.sampling.engine import SamplingSettings, load_engine
-from irlign.serving.answers import Answerer, ScoreAsk, Served
+from irlign.serving.answers import Answerer, Served
 
 POLICIES = ("aligned", "best-of-n")
 RETRIES = 2  # further attempts at an upstream: a client waits, and tries again itself
@@ -58,7 +58,7 @@ def load_answerer(root: str | Path, wanted: Wanted = Wanted()) -> Answerer:
         answerer = Answerer(served, engine, load_resident(run.path("rewards", served.reward)))
         for row in read_table(run.path("data/dev.parquet"))[:1]:  # brings the reward's networks into memory, and shows that it can score
             shown = Demonstration.from_row(row)
-            answerer.work([ScoreAsk(shown.prompt.content, [shown.completion])])
+            answerer.reward.score([shown.prompt.content], [shown.completion])
     return answerer
 
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server: requests, seconds, tokens, batches, rewards, the queue."""
+"""What Prometheus reads of a server: requests, seconds, tokens, turns of the batch, rewards, the queue."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ ANSWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """One server's numbers, in a registry of its own; `waiting` says how many requests wait."""
+    """One server's numbers, in a registry of its own; `waiting` and `running` say how many requests wait and are worked on."""
 
-    def __init__(self, waiting: Callable[[], float]):
+    def __init__(self, waiting: Callable[[], float], running: Callable[[], float]):
         self.registry = CollectorRegistry()
         own: Any = {"registry": self.registry}
         self.requests = Counter("irlign_requests", "requests, by path and status", ["path", "status"], **own)
@@ -22,10 +22,11 @@ class Metrics:
             "irlign_request_seconds", "from the first byte of a request to the last of its answer", ["path"], buckets=SECONDS, **own
         )
         self.tokens = Counter("irlign_tokens", "tokens read (prompt), drawn (all candidates) and returned", ["kind"], **own)
-        self.batch_answers = Histogram("irlign_batch_answers", "answers worked on together", buckets=ANSWERS, **own)
-        self.batch_seconds = Histogram("irlign_batch_seconds", "seconds of a batch", buckets=SECONDS, **own)
+        self.batch_answers = Histogram("irlign_batch_answers", "answers worked on together, in each turn", buckets=ANSWERS, **own)
+        self.batch_seconds = Histogram("irlign_batch_seconds", "seconds of a turn", buckets=SECONDS, **own)
         self.rewards = Summary("irlign_reward", "rewards of returned answers", **own)
-        Gauge("irlign_waiting_requests", "requests that wait for their batch", **own).set_function(waiting)
+        Gauge("irlign_waiting_requests", "requests that wait to begin", **own).set_function(waiting)
+        Gauge("irlign_running_requests", "requests that are worked on", **own).set_function(running)
 
     def answered(self, answers: Sequence[Answered]) -> None:
         """What a request was answered with."""
@@ -37,7 +38,7 @@ class Metrics:
                 self.rewards.observe(pick.reward)
 
     def batch(self, size: int, seconds: float) -> None:
-        """A batch was worked through."""
+        """A turn is done."""
         self.batch_answers.observe(size)
         self.batch_seconds.observe(seconds)
 
