@@ -18,7 +18,7 @@ from irlign.sampling.state import State
 
 LOOK_EVERY = 8  # steps of a turn, between looks for finished rows: each costs a copy of the rows that stay
 JOIN_SHARE = 0.25  # of the running rows should join at once: each group of joiners is attended to by itself, which costs time
-PATIENCE = 4  # turns in which the last that wait, if they are fewer, are held back for company
+PATIENCE = 4  # turns in which the last that wait, if they are fewer, are held back for company where more may come
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ Ended = tuple[Row, list[int], np.ndarray]  # a row, its token ids (EOS included)
 
 class Decoder:
     """Draws rows to their ends. `stopped(rows, drawn ids)` says which of them are over for another reason than EOS; it is asked where there
-    are stop strings or somebody watches."""
+    are stop strings or somebody watches. Where more may come, the last that wait are held back for company for `patience` turns."""
 
     def __init__(
         self,
@@ -104,7 +104,9 @@ class Decoder:
         ends: Sequence[int],
         context: int,
         stopped: Callable[[list[Row], list[np.ndarray]], np.ndarray],
+        patience: int = 0,
     ):
+        self.patience = patience
         self.state, self.settings, self.context, self.stopped = state, settings, context, stopped
         self.ends = torch.tensor(list(ends), device=state.model.device)
         self.waiting, self.running, self.held = list[Row](), list[Row](), 0
@@ -143,7 +145,7 @@ class Decoder:
                 break
             count += 1
         few = count < JOIN_SHARE * len(self.running)
-        if few and (count < JOIN_SHARE * len(self.waiting) or self.held < PATIENCE):
+        if few and (count < JOIN_SHARE * len(self.waiting) or self.held < self.patience):
             self.held += 1
             return
         self.held = 0

@@ -24,7 +24,7 @@ from irlign.errors import DataError, ModelError, out_of_memory
 from irlign.machine import free_memory
 from irlign.policy.load import load_policy
 from irlign.records import Sample
-from irlign.sampling.decoder import Decoder, Ended, Room, Row
+from irlign.sampling.decoder import PATIENCE, Decoder, Ended, Room, Row
 from irlign.sampling.ending import ending
 from irlign.sampling.engine import Drawn, Request, SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
@@ -76,7 +76,7 @@ class TransformersEngine:
 
     def drawing(self) -> "JoinedDrawing":
         """Requests to be drawn together, none yet."""
-        return JoinedDrawing(self)
+        return JoinedDrawing(self, PATIENCE)
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches never cross calls.
@@ -87,7 +87,7 @@ class TransformersEngine:
 
     def answers(self, requests: Sequence[Request]) -> list[Drawn]:
         """The same with their tokens."""
-        drawing, found = self.drawing(), dict[int, list[Drawn]]()
+        drawing, found = JoinedDrawing(self), dict[int, list[Drawn]]()
         drawing.add(dict(enumerate(requests)))
         while len(found) < len(requests):
             found |= drawing.turn()
@@ -122,14 +122,15 @@ class JoinedDrawing:
     Memory that runs out halves the batch from then on, and starts the answers that are not there anew; `halvings` says how often.
     """
 
-    def __init__(self, engine: TransformersEngine):
-        self.engine, self.halvings, self.open = engine, 0, dict[int, _Open]()
+    def __init__(self, engine: TransformersEngine, patience: int = 0):
+        self.engine, self.patience, self.halvings, self.open = engine, patience, 0, dict[int, _Open]()
         self.decoder = self._decoder()
 
     def _decoder(self) -> Decoder:
         e = self.engine
         state = e.state(e.policy.model, e.policy.pad_id)
-        return Decoder(state, e.settings, ends=e.eos_ids, context=e.policy.max_length, stopped=self._stopped)
+        limit = e.policy.max_length
+        return Decoder(state, e.settings, ends=e.eos_ids, context=limit, stopped=self._stopped, patience=self.patience)
 
     def add(self, requests: Mapping[int, Request]) -> None:
         """These begin as soon as there is room. Raises DataError, and adds none, where a prompt leaves no room for an answer."""
