@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py [--quick] [--json FILE]
 
-A Llama of 0.9 M parameters with random weights, prompts of the dialogue world, answers of up to 32 tokens; a classifier of the same
-shape scores every answer. Each client asks again as soon as it is answered (one connection each, no client library, so that the server
+A Llama of 0.9 M parameters with random weights, prompts of the dialogue world, answers of up to 32 tokens, or of 8, 8, 32 and 128 in turn
+(`mixed`); a classifier of the same shape scores every answer. Each client asks again as soon as it is answered (one connection each, no client library, so that the server
 is what is measured; clients and server share the machine's cores). `bare` draws the same prompts in batches of clients x best_of
 answers, one after the other, without a server and without a reward: what the engine could do. Tokens are drawn tokens, those of
-candidates that were not picked among them. A ratio is to `bare` in the same repeat; the spread is the smallest and largest.
+candidates that were not picked among them. `short` is the median of the requests with the fewest tokens. A ratio is to `bare` in the same repeat; the spread is the smallest and largest.
 """
 
 # ruff: noqa: E402
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ from irlign.serving.answers import Answerer, Served
 from irlign.serving.load import one_core
 from irlign.worlds.dialogue import DialogueWorld
 
-NEW, CLIENTS, BEST_OF = 32, (1, 8, 64), (1, 4)
+NEW = 32
+LIMITS = {"equal": (NEW,), "mixed": (8, 8, NEW, 128)}  # the most tokens of one request after the other
+CASES = [("equal", best_of, clients) for best_of in (1, 4) for clients in (1, 8, 64)] + [("mixed", 1, clients) for clients in (8, 64)]
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 256}
 
 
@@ -62,9 +65,9 @@ def make_answerer(folder: Path) -> Answerer:
     return Answerer(served, load_engine(folder, sampling, "none"), reward)
 
 
-def prompts() -> list[str]:
+def _texts() -> Iterator[str]:
     demonstrations = DialogueWorld().splits(0)["train"]
-    return [str(d.prompt.content) for d in demonstrations[:64]]
+    return itertools.cycle([str(d.prompt.content) for d in demonstrations[:64]])
 
 
 def serve(folder: Path) -> None:
@@ -89,48 +92,56 @@ async def ask(streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], body: 
     return json.loads(said)
 
 
-async def load(port: int, clients: int, best_of: int, seconds: float) -> tuple[list[float], int, float]:
-    """Seconds of every request, the tokens drawn for all, and how long it all took."""
-    texts, end, seconds_R, tokens = itertools.cycle(prompts()), time.perf_counter() + seconds, list[float](), 0
+async def load(port: int, lengths: str, best_of: int, clients: int, seconds: float) -> tuple[list[tuple[int, float]], int, float]:
+    """The limit and the seconds of every request, the tokens drawn for all, and how long it all took."""
+    texts, limits, end, taken, tokens = (
+        _texts(),
+        itertools.cycle(LIMITS[lengths]),
+        time.perf_counter() + seconds,
+        list[tuple[int, float]](),
+        0,
+    )
 
     async def client() -> None:
         nonlocal tokens
         streams = await asyncio.open_connection("127.0.0.1", port)
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            answer = await ask(streams, {"model": "policy", "prompt": next(texts), "best_of": best_of})
-            seconds_R.append(time.perf_counter() - start)
+            start, limit = time.perf_counter(), next(limits)
+            answer = await ask(streams, {"model": "policy", "prompt": next(texts), "best_of": best_of, "max_tokens": limit})
+            taken.append((limit, time.perf_counter() - start))
             tokens += answer["irlign"]["drawn_tokens"]
         streams[1].close()
 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
-    return seconds_R, tokens, time.perf_counter() - start
+    return taken, tokens, time.perf_counter() - start
 
 
-def bare(answerer: Answerer, clients: int, best_of: int, seconds: float) -> float:
+def bare(answerer: Answerer, lengths: str, best_of: int, clients: int, seconds: float) -> float:
     """Tokens a second of the engine alone, in batches of clients x best_of answers."""
-    texts, seeds, tokens, start = itertools.cycle(prompts()), itertools.count(), 0, time.perf_counter()
+    texts, limits, seeds, tokens, start = _texts(), itertools.cycle(LIMITS[lengths]), itertools.count(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        batch = [Request(Prompt.of(next(texts), "served"), tuple(itertools.islice(seeds, best_of))) for _ in range(clients)]
+        asked = [(Prompt.of(next(texts), "served"), tuple(itertools.islice(seeds, best_of)), next(limits)) for _ in range(clients)]
+        batch = [Request(*one) for one in asked]
         tokens += sum(sample.tokens for sample in answerer.engine.draw(batch))
     return tokens / (time.perf_counter() - start)
 
 
-def measure(answerer: Answerer, port: int, clients: int, best_of: int, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """One row: rates, seconds of a request, and the ratio to the bare engine."""
-    rates, ratios, taken, answers = [], [], list[float](), []
+def measure(answerer: Answerer, port: int, *case: Any, seconds: float, repeats: int) -> dict[str, Any]:
+    """One row of `case`, which is lengths, best_of and clients: rates, seconds of a request, and the ratio to the bare engine."""
+    rates, ratios, limited, answers = [], [], list[tuple[int, float]](), []
     for _ in range(repeats):
-        alone = bare(answerer, clients, best_of, seconds / 2)
-        seconds_R, tokens, whole = asyncio.run(load(port, clients, best_of, seconds))
+        alone = bare(answerer, *case, seconds / 2)
+        found, tokens, whole = asyncio.run(load(port, *case, seconds))
         rates.append(tokens / whole)
         ratios.append(rates[-1] / alone)
-        answers.append(len(seconds_R) / whole)
-        taken += seconds_R
+        answers.append(len(found) / whole)
+        limited += found
+    taken, least = [s for _, s in limited], min(LIMITS[case[0]])
     return {
-        "clients": clients, "best_of": best_of, "answers_per_s": statistics.median(answers), "tokens_per_s": statistics.median(rates),
+        **dict(zip(("lengths", "best_of", "clients"), case, strict=True)), "answers_per_s": statistics.median(answers), "tokens_per_s": statistics.median(rates),
         "p50_s": float(np.percentile(taken, 50)), "p99_s": float(np.percentile(taken, 99)), "requests": len(taken),
-        "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
+        "short_p50_s": statistics.median(s for limit, s in limited if limit == least), "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
     }  # fmt: skip
 
 
@@ -151,12 +162,12 @@ def main(arguments: list[str] | None = None) -> None:
             try:
                 assert process.stdout is not None
                 port = int(process.stdout.readline())
-                asyncio.run(load(port, 1, 1, 0.5))  # warm-up
-                for best_of, clients in itertools.product(BEST_OF, CLIENTS):
-                    rows.append(measure(answerer, port, clients, best_of, **how))
+                asyncio.run(load(port, "equal", 1, 1, 0.5))  # warm-up
+                for lengths, best_of, clients in CASES:
+                    rows.append(measure(answerer, port, lengths, best_of, clients, **how))
                     row = rows[-1]
-                    print(f"{clients:3} clients  best of {best_of}  {row['answers_per_s']:7.1f} answers/s {row['tokens_per_s']:8.0f} tok/s  "
-                          f"p50 {row['p50_s']:.3f} s  p99 {row['p99_s']:.3f} s  {row['ratio']:.2f}x bare "
+                    print(f"{lengths}  {clients:3} clients  best of {best_of}  {row['answers_per_s']:7.1f} answers/s {row['tokens_per_s']:8.0f} tok/s  "
+                          f"p50 {row['p50_s']:.3f} s  short {row['short_p50_s']:.3f} s  p99 {row['p99_s']:.3f} s  {row['ratio']:.2f}x bare "
                           f"({row['spread'][0]:.2f} to {row['spread'][1]:.2f})", flush=True)  # fmt: skip
             finally:
                 process.terminate()
