@@ -23,7 +23,7 @@ from irlign.arena.policies import OF, POLICIES
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import score_golden
 from irlign.files import write_json
-from irlign.progress import Progress
+from irlign.progress import Progress, hush
 from irlign.runs import Run
 
 ALPHA, ORACLE = 0.05, 16
@@ -141,6 +141,7 @@ def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[C
 
 
 def _silence() -> None:
+    hush()
     os.environ["IRLIGN_QUIET"] = "1"
 
 
