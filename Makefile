@@ -11,7 +11,7 @@ FUZZ := .venv-fuzz
 RAY := .venv-ray
 INTEROP := .venv-interop
 
-.PHONY: quickstart test test-slow test-vllm test-cluster test-browser test-interop fuzz crash-test soak lint docs setup
+.PHONY: quickstart test test-slow test-vllm test-cluster test-browser test-interop fuzz crash-test soak lint docs setup setup-hashed hashes
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# The same set-up, from files whose hashes are known and from no other: for Linux and Python 3.11, with torch's CPU build, which has to be within pip's reach.
+setup-hashed:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes --requirement requirements-hashed.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(VENV)/.installed
+
+# The hashes of every file of the versions that `make setup` installed; torch's CPU build is not on PyPI. Wants uv.
+TORCH_CPU := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+hashes: setup
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' | \
+	uv pip compile --quiet --no-deps --no-annotate --no-header --generate-hashes --python-version 3.11 - --output-file requirements-hashed.txt
+	sed -i -e '/^torch==/,/[0-9a-f]$$/{/^ /d}' -e 's/^torch==.*/&\n    --hash=sha256:$(TORCH_CPU)/' requirements-hashed.txt
 
 quickstart: setup
 	$(BIN)/irlign run --config recipes/quickstart.yaml
