@@ -32,3 +32,26 @@ def test_the_tools_of_the_documentation_are_bounded_and_pinned():
     for name, low, high in (re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", of).groups() for of in extra):
         at, least, most = (tuple(int(part) for part in of.split(".")) for of in (pinned[name], low, high))
         assert least <= at < most, name
+
+
+def test_the_hashed_set_up_is_the_pinned_one():
+    """The same versions, a hash for each, and nothing that irlign needs left out."""
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").split())
+    blocks = re.findall(
+        r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$",
+        (ROOT / "requirements-hashed.txt").read_text(encoding="utf-8"),
+        re.M,
+    )
+    assert {name: version for name, version, _ in blocks}.items() <= {_plain(name): version for name, version in pinned.items()}.items()
+    needed = PROJECT["project"]["dependencies"] + [
+        of for extra in ("dev", "optimise", "hub", "openai", "serve", "vader") for of in _extra(extra)
+    ]
+    assert {_plain(re.match(r"[\w-]+", of)[0]) for of in needed if not of.startswith("irlign")} <= {name for name, _, _ in blocks}
+
+
+def _extra(name):
+    return PROJECT["project"]["optional-dependencies"][name]
+
+
+def _plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
