@@ -1,6 +1,12 @@
 """The arena: shares by hand, a cell that goes on where it was, methods that never see the true reward."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +157,20 @@ def test_the_table_and_the_page(tmp_path, monkeypatch):
     assert "| it | 1.40 |" in (tmp_path / "study.md").read_text()
     page = (tmp_path / "study.html").read_text()
     assert "<svg" in page and "it" in page and 'src="http' not in page and "<script" not in page
+
+
+def test_sigterm_does_not_wait_for_the_cells_that_run(tmp_path):
+    """Their processes end with it, and a cell says that it was interrupted where it was."""
+    command = [sys.executable, "-m", "irlign", "arena", "count", "--seeds", "0,1", "--jobs", "2", "--output-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "IRLIGN_CACHE": str(tmp_path / "cache")})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (begun := [*tmp_path.glob("cells/*/*/manifest.json")]):
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    inside = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143 and "goes on where it stopped" in process.stderr.read()
+    assert begun and inside and not any(os.path.exists(f"/proc/{pid}") for pid in inside)
 
 
 def test_the_base_recipe_holds_known_keys():

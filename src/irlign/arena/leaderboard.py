@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
 
 
 def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[CellResult]:
-    """Every cell, `jobs` at a time; the first error ends it, and what was finished stays."""
+    """Every cell, `jobs` at a time; the first error ends it once those that run are done, Ctrl-C and SIGTERM at once. What was finished stays."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before the processes start
     found: list[CellResult] = []
     with Progress("arena", len(places), "cells") as bar, ProcessPoolExecutor(jobs, get_context("spawn"), _silence) as pool:
@@ -133,7 +133,10 @@ def run_cells(places: Sequence[Place], rows: Sequence[str], jobs: int) -> list[C
             for done in as_completed(waiting):
                 found.append(done.result())
                 bar.advance(1, f"{found[-1].setting}, seed {found[-1].seed}")
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, Exception):  # whoever ends it does not wait for what goes on next time
+                for child in active_children():
+                    child.terminate()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     order = {(place.name, place.seed): i for i, place in enumerate(places)}
