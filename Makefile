@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DOCS := .venv-docs
 FUZZ := .venv-fuzz
+ATHERIS := .venv-atheris
 
 RAY := .venv-ray
 INTEROP := .venv-interop
@@ -52,9 +53,16 @@ $(FUZZ)/.installed: constraints-fuzz.txt
 	$(FUZZ)/bin/pip install --quiet --requirement constraints-fuzz.txt
 	touch $@
 
-# The parsers against TRIES generated inputs a test (`make test` tries 60 of them, the same ones each time), the server against REQUESTS a path.
-fuzz: setup $(FUZZ)/.installed
+# Coverage-guided fuzzing beside the packages of .venv: a wheel of 35 MB.
+$(ATHERIS)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --target $(ATHERIS) atheris==3.0.0
+	touch $@
+
+# The parsers against TRIES generated inputs a test (`make test` tries 60 of them, the same ones each time), and for COVER seconds a test against inputs
+# that reach new code; the server against REQUESTS a path.
+fuzz: setup $(FUZZ)/.installed $(ATHERIS)/.installed
 	IRLIGN_FUZZ=$(or $(TRIES),2000) $(BIN)/python -m pytest tests/test_fuzz.py
+	PYTHONPATH=$(CURDIR)/$(ATHERIS) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_coverage.py --seconds $(or $(COVER),30)
 	$(BIN)/python tests/fuzz_server.py $(CURDIR)/$(FUZZ)/bin/schemathesis --tries $(or $(REQUESTS),300)
 
 # Every stage and every policy method killed at seeded moments and run again (docs/reliability.md); KILLS of each stage.
