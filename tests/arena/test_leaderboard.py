@@ -122,6 +122,13 @@ def test_no_method_but_the_labelled_ones_reaches_the_true_reward(tmp_path, monke
                 assert method(cell).what != "labelled"
 
 
+def test_rows_that_want_trl_say_so_before_any_compute(tmp_path, monkeypatch):
+    monkeypatch.setattr("irlign.optimise.preference.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="trl is not installed"):
+        run_study("labels", tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_settings_that_are_the_base_share_a_cell(tmp_path):
     """Under names of their own; a setting that differs has a folder of its own."""
     place = Place(str(tmp_path), (("world.name", "dialogue"), ("world.demonstrations", 400)), 0)

@@ -14,6 +14,7 @@ from irlign.arena.methods import CHOSEN
 from irlign.arena.policies import OF, POLICIES, with_method
 from irlign.config import parse_seeds
 from irlign.errors import ConfigError
+from irlign.optimise.preference import need_trl
 from irlign.preflight import check_method, preflight
 from irlign.progress import clock, say
 
@@ -143,6 +144,8 @@ def run_study(
         preflight(recipe := place.recipe())  # a mistake is found before any compute
         golden_of(recipe)
     say(f"arena: {name}, {study.about}: {len(places)} cells x {len(methods)} methods, {jobs} at a time")
+    if any(row.startswith("DPO") for row in methods):
+        need_trl()
     if policies := [row for row in methods if row in POLICIES]:
         for row in policies:
             check_method(with_method(places[0].recipe(), row.removeprefix(OF)))
