@@ -3,7 +3,7 @@
     python tests/fuzz_coverage.py [--seconds 30] [--only recipe] [--seed 100]
 
 Each property is fuzzed for so many seconds in a process of its own. A line says how many inputs it tried, and how many places of the code these reached
-(`features`: edges, and how often). An input that breaks a property ends the whole with the error and exit code 1; hypothesis prints what it was.
+(`features`: edges, and how often). An input that breaks a property ends the whole with the error, the bytes in Base64, and exit code 1.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError
 from irlign.evaluate.golden import Golden, load_golden
 from irlign.files import read_json, read_table, write_table
-from irlign.optimise.best_of_n import scored_text
+from irlign.optimise.best_of_n import scored_text, scored_texts
 from irlign.optimise.label_free import JUDGE, Curve, judge_pool, judged_curve
 from irlign.recipe import Recipe, as_recipe
 from irlign.records import Demonstration, Preference, Prompt, Sample, mean_logprobs
@@ -141,7 +141,7 @@ class Cell:
     @cached_property
     def texts(self) -> tuple[list[Any], list[str]]:
         """Prompts and answers of the pool as a reward sees them."""
-        return [sample.prompt.content for sample in self.pool], [scored_text(sample) for sample in self.pool]
+        return scored_texts(self.pool)
 
     def samples(self, policy: str, *splits: str) -> list[Sample]:
         return stored_samples(self.run, policy, *splits)
@@ -190,7 +190,7 @@ class Cell:
             log = train(folder=policy, checkpoints=folder / "checkpoints", chat_template=template, seed=seed, report_to="none")
             wanted = [(d.prompt, sampling.initial_generations) for d in self.demonstrations("test")]
             drawn = draw_pool(policy, wanted, sampling, chat_template=template, folder=pool, seed=seed, name=name)
-            return {**drawn, "tokens": _tokens(log.get("training", log))}
+            return {**drawn, "tokens": log["tokens"]}
 
         self._do(f"policy-{name}", build, settings, [f"policies/{name}", f"pools/{name}.parquet"])
         return name

@@ -162,9 +162,10 @@ class _Checkpoint:
         texts = [self.text(p, c) for p, c in zip(prompts, completions, strict=True)]
         limit = min(self.tokenizer.model_max_length, context_length(self.model.config))
         options: dict[str, Any] = {"add_special_tokens": self.tokenizer.chat_template is None}  # a template writes its own BOS
-        if long := sum(len(ids) > limit for ids in self.tokenizer(texts, verbose=False, **options)["input_ids"]):
+        rows = self.tokenizer(texts, verbose=False, **options)
+        if long := sum(len(ids) > limit for ids in rows["input_ids"]):
             say(f"golden reward: {long} of {len(texts)} texts are longer than its {limit} tokens, and lose their end")
-        rows = self.tokenizer(texts, truncation=True, max_length=limit, **options)
+            rows = self.tokenizer(texts, truncation=True, max_length=limit, **options)
         scores, where = np.zeros(len(texts)), self.model.device
         budget = GPU_TOKENS if where.type == "cuda" else CPU_TOKENS
 

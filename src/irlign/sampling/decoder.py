@@ -106,8 +106,7 @@ class Decoder:
         stopped: Callable[[list[Row], list[np.ndarray]], np.ndarray],
         patience: int = 0,
     ):
-        self.patience = patience
-        self.state, self.settings, self.context, self.stopped = state, settings, context, stopped
+        self.state, self.settings, self.context, self.stopped, self.patience = state, settings, context, stopped, patience
         self.ends = torch.tensor(list(ends), device=state.model.device)
         self.waiting, self.running, self.held = list[Row](), list[Row](), 0
         self.batch = Batch.of([], self.ends.device)
