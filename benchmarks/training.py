@@ -88,10 +88,10 @@ def irlign_sft(start: Path, folder: Path, rows: Sequence[Text]) -> None:
     train_sft(start, shown, [], SFTSettings(**SAME), folder=folder / "sft", **options)
 
 
-def irlign_reward(start: Path, folder: Path, pairs: Sequence[tuple[Text, Text]], **trainer: Any) -> None:
+def irlign_reward(start: Path, folder: Path, pairs: Sequence[tuple[Text, Text]]) -> None:
     rows = [Contrast(Prompt.of(prompt, "train"), better, worse) for (prompt, better), (_, worse) in pairs]
     options: dict[str, Any] = {"chat_template": "none", "checkpoints": folder / "checkpoints", "seed": 0, "report_to": "none"}
-    settings = RewardSettings(**SAME, loss="bradley-terry", trainer=trainer)
+    settings = RewardSettings(**SAME, loss="bradley-terry")
     train_reward(start, rows, [], settings, folder=folder / "reward", **options)
 
 
@@ -163,8 +163,7 @@ def engines(kind: str, shape: str, quick: bool) -> dict[str, Callable[..., None]
         }
     names = ["defaults"] if quick else ["defaults", "by length, float32", "by length, bf16"]
     found = {f"RewardTrainer, {name}": partial(trl_reward, **OPTIONS[name]) for name in names}
-    return {**found, "plain loop, float32": partial(plain_reward, bf16=False), "plain loop, bf16": partial(plain_reward, bf16=True), "irlign": irlign_reward,
-            "irlign, pairs by the longer answer": partial(irlign_reward, length_column_name="longer")}  # fmt: skip
+    return {**found, "plain loop, float32": partial(plain_reward, bf16=False), "plain loop, bf16": partial(plain_reward, bf16=True), "irlign": irlign_reward}  # fmt: skip
 
 
 def measure(shape: str, rows: int, repeats: int, quick: bool = False, **timing: Any) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny import make_tiny_policy
 
+from irlign.data.chat import Encoded
 from irlign.errors import ModelError
 from irlign.records import Contrast, Prompt
 from irlign.reward.model import Classifier
-from irlign.reward.train import RewardSettings, _collate, _row, accuracy_and_margin, train_reward
+from irlign.reward.train import RewardSettings, _collate, accuracy_and_margin, train_reward
 
 SUBJECTS, VERBS = ("cat", "dog", "bird"), ("sat", "ran", "sang", "sat on the mat", "ran home now")
 
@@ -97,17 +98,32 @@ def test_the_first_logged_loss_is_the_loss(policy, tmp_path):
         assert log["loss"] == pytest.approx(LOSSES[name](better, worse).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("longer", [False, True])
-def test_the_collated_batch_by_hand(longer):
-    rows = [
-        _row([1, 5, 2], [1, 2], [2.0], longer),
-        _row([1, 2], [1, 6, 7, 2], [0.5], longer),
-    ]
-    assert [len(row["input_ids"]) for row in rows] == ([3, 4] if longer else [3, 2])  # what the Trainer groups by
-    batch = _collate(rows, 3)
+def test_the_collated_batch_by_hand():
+    pairs = [(Encoded([1], [5, 2]), Encoded([1], [2])), (Encoded([1], [2]), Encoded([1], [6, 7, 2]))]
+    rows = [{"pair": pair, "weights": [weight]} for pair, weight in zip(pairs, (2.0, 0.5), strict=True)]
+    batch = _collate(rows, 3, forked=False)
     assert batch["input_ids"].tolist() == [[1, 5, 2, 3], [1, 2, 3, 3], [1, 2, 3, 3], [1, 6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[2.0], [0.5], [2.0], [0.5]]
+    forked = _collate(rows, 3, forked=True)
+    assert forked["input_ids"].tolist() == [[1, 5, 2, 2, 3], [1, 2, 6, 7, 2]]
+    assert forked["attention_mask"].tolist() == batch["attention_mask"].tolist() and forked["labels"].tolist() == batch["labels"].tolist()
+
+
+def test_pairs_in_one_row_train_the_same_reward(policy, tmp_path, monkeypatch):
+    """Steps, tokens, losses and the trained scores, but for rounding; with an adapter and with accumulated batches too."""
+    train, _ = _pairs()
+    for name, more in {"whole": {}, "adapter": {"use_peft": True, "lora_r": 4}, "accumulated": {"gradient_accumulation_steps": 2}}.items():
+        forked = _train(policy, tmp_path / name / "forked", max_steps=6, trainer={"logging_steps": 1}, **more)
+        with monkeypatch.context() as patch:
+            patch.setattr("irlign.reward.train.can_fork", lambda *_: False)
+            apart = _train(policy, tmp_path / name / "apart", max_steps=6, trainer={"logging_steps": 1}, **more)
+        assert (forked["steps"], forked["tokens"]) == (apart["steps"], apart["tokens"])
+        np.testing.assert_allclose(forked["losses"], apart["losses"], rtol=1e-4)
+        scores = [
+            _load(tmp_path / name / how).score([p.prompt.content for p in train], [p.better for p in train]) for how in ("forked", "apart")
+        ]
+        np.testing.assert_allclose(*scores, atol=2e-3)
 
 
 def test_no_dev_pairs_and_ties(policy, tmp_path):

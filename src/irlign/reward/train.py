@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from irlign.data.chat import Encoded, context_length, pad
+from irlign.data.chat import context_length, pad
 from irlign.records import Contrast
 from irlign.reward.contrasts import ContrastName
+from irlign.reward.forks import Pair, can_fork, collate, fork_trainer
 from irlign.reward.model import Classifier, RewardModel
 from irlign.reward.objectives import LOSSES
 from irlign.training import TrainerSettings, bf16_pays, fit, merged, training_arguments, with_adapter
 
 Row = TypeVar("Row")
-LONGER = "longer"  # reward.trainer.length_column_name=longer: pairs are grouped by their longer answer, by default by the better one
 
 
 class RewardSettings(TrainerSettings):
@@ -128,17 +128,19 @@ def fit_classifier(
 
     set_seed(seed if head_seed is None else head_seed)
     reward = Classifier.start(backbone, chat_template, settings.name, heads)
-    better, worse = _encode(reward, train)
+    pairs = _encode(reward, train)
     parameters = sum(p.numel() for p in reward.model.parameters())
     arguments = training_arguments(settings, checkpoints, seed=seed, bf16=bf16_pays(parameters), report_to=report_to)
     weight_P_K = fold_weights(len(train), heads) * np.array([[pair.weight] for pair in train])
-    longer = arguments.length_column_name == LONGER
-    rows = [_row(b.ids, w.ids, of.tolist(), longer) for b, w, of in zip(better, worse, weight_P_K, strict=True)]
-    trainer = Trainer(
+    longest = max(pairs, key=lambda pair: max(map(len, pair)))
+    forked = arguments.world_size == 1 and can_fork(reward.model, longest, reward.pad_id)
+    trainer = (fork_trainer if forked else Trainer)(
         model=with_adapter(reward.model, settings, "SEQ_CLS"),
         args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=lambda batch: _collate(batch, reward.pad_id),
+        train_dataset=[
+            {"input_ids": pair[0].ids, "pair": pair, "weights": of} for pair, of in zip(pairs, weight_P_K.tolist(), strict=True)
+        ],
+        data_collator=lambda batch: _collate(batch, reward.pad_id, forked),
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: _loss(settings.loss, outputs, labels, num_items_in_batch),
     )
     log = fit(trainer, "reward", checkpoints)
@@ -177,24 +179,21 @@ def accuracy_and_margin(reward: RewardModel, pairs: Sequence[Contrast]) -> dict[
     return {"accuracy": float(np.average(right, weights=weight)), "margin": float(np.average(margin, weights=weight))}
 
 
-def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> tuple[list[Encoded], list[Encoded]]:
+def _encode(reward: Classifier, pairs: Sequence[Contrast]) -> list[Pair]:
     contents, limit = [p.prompt.content for p in pairs], context_length(reward.model.config)
-    better, worse = (reward.format.encode(contents, texts) for texts in ([p.better for p in pairs], [p.worse for p in pairs]))
-    return [row.within(limit) for row in better], [row.within(limit) for row in worse]
+    sides = [reward.format.encode(contents, texts) for texts in ([p.better for p in pairs], [p.worse for p in pairs])]
+    return [(better.within(limit), worse.within(limit)) for better, worse in zip(*sides, strict=True)]
 
 
-def _row(better: list[int], worse: list[int], weights: list[float], longer: bool) -> dict[str, Any]:
-    """A pair as the Trainer's row, which it groups by the length of `input_ids`: the better answer, or the longer one."""
-    swapped = longer and len(worse) > len(better)
-    first, second = (worse, better) if swapped else (better, worse)
-    return {"input_ids": first, "other_ids": second, "swapped": swapped, "weights": weights}
-
-
-def _collate(rows: list[dict[str, Any]], pad_id: int) -> dict[str, Any]:
-    """Better answers, then worse ones: `input_ids` and `attention_mask` of shape [2B, T]; `labels` [2B, K], a pair's weights twice."""
+def _collate(rows: list[dict[str, Any]], pad_id: int, forked: bool) -> dict[str, Any]:
+    """Better answers, then worse ones: `input_ids` and `attention_mask` of shape [2B, T], or both of a pair in one row (reward/forks.py);
+    `labels` [2B, K], a pair's weights twice."""
     import torch
 
-    sides = [(r["other_ids"], r["input_ids"]) if r["swapped"] else (r["input_ids"], r["other_ids"]) for r in rows]
-    ids, mask = pad([ids for side in zip(*sides, strict=True) for ids in side], pad_id)
-    weight_B_K = torch.tensor([r["weights"] for r in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.cat([weight_B_K, weight_B_K])}
+    pairs = [row["pair"] for row in rows]
+    weight_B_K = torch.tensor([row["weights"] for row in rows])
+    labels = torch.cat([weight_B_K, weight_B_K])
+    if forked:
+        return {**collate(pairs, pad_id), "labels": labels}
+    ids, mask = pad([row.ids for side in zip(*pairs, strict=True) for row in side], pad_id)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
