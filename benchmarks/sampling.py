@@ -206,9 +206,7 @@ def plan(quick: bool, large: bool, peers: Sequence[str] = ()) -> list[tuple[str,
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="the 0.9 M Llama only: under a minute without --peers"
-    )
+    parser.add_argument("--quick", action="store_true", help="the 0.9 M Llama only: under a minute without --peers")
     parser.add_argument("--large", action="store_true", help="the 0.5 B Qwen shape too")
     parser.add_argument("--peers", type=Path, help="the Python that has CTranslate2 and vLLM; else .venv-vllm's, unless --quick")
     parser.add_argument("--compiled", action="store_true", help="vLLM compiled (wants a C++ compiler) instead of eager")
