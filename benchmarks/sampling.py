@@ -1,24 +1,30 @@
-"""Samples a second, side by side: transformers' `generate` and irlign's decode loop, against the limit of the machine.
+"""Samples a second, side by side: transformers' `generate`, CTranslate2, vLLM and irlign's decode loop, against the limit of the machine.
 
-    python benchmarks/sampling.py [--quick] [--large] [--json FILE]
+    python benchmarks/sampling.py [--quick] [--large] [--peers PYTHON] [--compiled] [--json FILE]      (make bench-peers)
 
 Random weights, prompts of 32 to 96 tokens, 16 answers each. `fixed`: EOS off, every answer has 96 tokens. `realistic`: EOS
 with probability 0.0228 at every token, so that lengths are geometric, cut at 96, with mean 39; only tokens up to EOS
 count. Every repeat runs all engines in turn; a ratio is to `generate` in the same repeat (to its faster precision where the
-row is bfloat16), and the spread is the smallest and largest ratio. CTranslate2 and vLLM are not driven from here yet.
+row is bfloat16), and the spread is the smallest and largest ratio.
+
+The law is in the weights: one feature of the last hidden state is a constant, and the row of EOS in the output layer reads
+it, so every engine has the same law from the same folder without being told. CTranslate2 and vLLM run in processes of
+their own (sampling_peer.py), loaded before the clock starts, with as many threads and answers at once as irlign.
+`mean_length` of a row is over all its repeats: 39 but for the error of sampling.
 """
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sampling_peers import PEERS, PYTHON, Peer, PeerError, absent, present
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, set_seed
 from transformers.models.auto import AutoModelForCausalLM
 
@@ -27,7 +33,7 @@ from irlign.sampling.decoder import Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import SharedState
 
-PAD, EOS, NEW, ANSWERS, HAZARD = 0, 1, 96, 16, 0.0228
+PAD, EOS, NEW, ANSWERS, HAZARD, ROWS = 0, 1, 96, 16, 0.0228, 256
 IDS: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
 TINY: dict[str, Any] = {
     "hidden_size": 128,
@@ -47,18 +53,24 @@ SHAPES: dict[str, Any] = {
 
 
 def make_model(shape: str, lengths: str, dtype: torch.dtype) -> Any:
-    """Random weights; the output layer has a bias on EOS alone, which sets the law of the lengths."""
+    """Random weights, but that the first feature of the last hidden state is 1 and adds to the logit of EOS alone."""
     set_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(SHAPES[shape]()).eval()
-    weight = model.lm_head.weight.detach()
-    vocabulary, width = weight.shape
-    head = torch.nn.Linear(width, vocabulary)
-    head.weight.data, head.bias.data = 0.1 * weight, torch.zeros(vocabulary)  # nearly flat: EOS has the hazard at every step
-    head.bias.data[EOS] = np.log((vocabulary - 1) * HAZARD / (1 - HAZARD)) if lengths == "realistic" else -1e9
-    model.lm_head = head
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    config = SHAPES[shape]()
+    config.tie_word_embeddings = False
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    head = model.lm_head.weight.data
+    vocabulary, width = head.shape
+    head *= 0.1  # nearly flat: EOS has the hazard at every step
+    head[:, 0] = 0
+    head[EOS, 0] = np.log((vocabulary - 1) * HAZARD / (1 - HAZARD)) if lengths == "realistic" else -1e4
+    if hasattr(model, "transformer"):  # a norm with a bias
+        model.transformer.ln_f.weight.data[0], model.transformer.ln_f.bias.data[0] = 0, 1
+    else:  # a norm by the root mean square: a feature that no layer writes to and that outweighs all others, so the norm is the same everywhere
+        model.model.embed_tokens.weight.data[:, 0] = 10
+        model.model.norm.weight.data[0] = width**-0.5
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.data[0], layer.mlp.down_proj.weight.data[0] = 0, 0
+    return model.to(dtype)
 
 
 def make_prompts(count: int, vocabulary: int) -> list[tuple[int, ...]]:
@@ -83,7 +95,7 @@ def static(model: Any, prompts: list[tuple[int, ...]]) -> list[int]:
     return generate(model, prompts, cache_implementation="static", disable_compile=True)
 
 
-def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = 256) -> list[int]:
+def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = ROWS) -> list[int]:
     """This package's decode loop, all prompts as one part."""
     wanted = [Row(prompt, 1000 * i + j, NEW) for i, prompt in enumerate(prompts) for j in range(ANSWERS)]
     context = model.config.max_position_embeddings
@@ -130,34 +142,60 @@ def floor(model: Any, lengths: list[int], rows: int, peak: float, memory: float)
     return 1 / (2 * weights / (peak * 1e9) + (weights * size / rows + kept * seen) / (memory * 1e9))
 
 
-def measure(shape: str, lengths: str, *, prompts: int, repeats: int, engines: list[tuple[str, str]], limits: dict[str, float]) -> list[Any]:
-    """Rows of one shape and length law; `engines` are (name, dtype), `limits` GFLOPS for each dtype and GB/s as `memory`."""
+def measure(
+    shape: str, lengths: str, *, prompts: int, repeats: int, engines: list[tuple[str, str]], limits: dict[str, float],
+    python: Path = PYTHON, compiled: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Rows of one shape and length law; `engines` are (name, dtype), `limits` GFLOPS for each dtype and GB/s as `memory`. A peer
+    that cannot serve the shape is named on the terminal and has no row."""
     models = {dtype: make_model(shape, lengths, getattr(torch, dtype)) for _, dtype in engines}
     texts = make_prompts(prompts, models[engines[0][1]].config.vocab_size)
-    speeds: dict[tuple[str, str], list[float]] = {engine: [] for engine in engines}
-    counts: list[int] = []
-    for engine in engines:  # warm-up on one prompt
-        ENGINES[engine[0]](models[engine[1]], texts[:1])
-    for _ in range(repeats):
+    with contextlib.ExitStack() as open_peers:
+        runs: dict[tuple[str, str], Callable[..., tuple[float, list[int]]]] = {}
         for name, dtype in engines:
-            start = time.perf_counter()
-            counts = ENGINES[name](models[dtype], texts)
-            speeds[name, dtype].append(sum(counts) / (time.perf_counter() - start))
+            try:
+                runs[name, dtype] = _runner(name, models[dtype], python, compiled, open_peers)
+                runs[name, dtype](texts[:1])  # warm-up
+            except PeerError as error:
+                runs.pop((name, dtype), None)
+                print(f"{shape:12} {lengths:10} {dtype}: not measured: {error}", flush=True)
+        found = [{engine: run(texts) for engine, run in runs.items()} for _ in range(repeats)]
     rows = []
-    for (name, dtype), found in speeds.items():
-        base = [max(v) for v in zip(*(speeds["generate", d] for d in {"float32", dtype} if ("generate", d) in speeds), strict=True)]
-        ratios = [a / b for a, b in zip(found, base, strict=True)]
-        most = floor(models[dtype], counts, min(256, ANSWERS * prompts), limits[dtype], limits["memory"])
+    for name, dtype in runs:
+        bases = [("generate", d) for d in dict.fromkeys(("float32", dtype)) if ("generate", d) in runs]
+        counts = [n for repeat in found for n in repeat[name, dtype][1]]
+        speeds = [{engine: sum(lengths) / seconds for engine, (seconds, lengths) in repeat.items()} for repeat in found]
+        ratios = [speed[name, dtype] / max(speed[base] for base in bases) for speed in speeds]
+        median = statistics.median(speed[name, dtype] for speed in speeds)
+        most = floor(models[dtype], counts, min(ROWS, ANSWERS * prompts), limits[dtype], limits["memory"])
         rows.append({
-            "engine": name, "shape": shape, "dtype": dtype, "lengths": lengths, "tokens_per_s": statistics.median(found),
-            "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)], "roofline_share": statistics.median(found) / most,
+            "engine": name, "shape": shape, "dtype": dtype, "lengths": lengths, "tokens_per_s": median, "ratio": statistics.median(ratios),
+            "spread": [min(ratios), max(ratios)], "roofline_share": median / most, "mean_length": statistics.mean(counts),
         })  # fmt: skip
     return rows
 
 
-def plan(quick: bool, large: bool) -> list[tuple[str, dict[str, Any]]]:
+def _runner(
+    name: str, model: Any, python: Path, compiled: bool, open_peers: contextlib.ExitStack
+) -> Callable[..., tuple[float, list[int]]]:
+    """What draws an answer to prompts: seconds and useful lengths. Raises PeerError."""
+    if name in PEERS:
+        wanted = {"answers": ANSWERS, "new": NEW, "eos": EOS, "rows": ROWS, "compiled": compiled}
+        peer = Peer(name, python, model, torch.get_num_threads(), **wanted)
+        open_peers.callback(peer.close)
+        return peer.draw
+
+    def run(prompts: list[tuple[int, ...]]) -> tuple[float, list[int]]:
+        start = time.perf_counter()
+        lengths = ENGINES[name](model, prompts)
+        return time.perf_counter() - start, lengths
+
+    return run
+
+
+def plan(quick: bool, large: bool, peers: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Shapes with how much of each: prompts for fixed and realistic lengths, repeats, engines."""
-    plain, bf16 = [("generate", "float32"), ("irlign", "float32")], [("generate", "bfloat16"), ("irlign", "bfloat16")]
+    plain, bf16 = ([("generate", dtype), *((peer, dtype) for peer in peers), ("irlign", dtype)] for dtype in ("float32", "bfloat16"))
     if quick:
         return [("llama 0.9 M", {"prompts": {"fixed": 8, "realistic": 16}, "repeats": 3, "engines": plain})]
     tiny = {"prompts": {"fixed": 8, "realistic": 64}, "repeats": 5, "engines": [*plain, ("generate static", "float32")]}
@@ -168,24 +206,35 @@ def plan(quick: bool, large: bool) -> list[tuple[str, dict[str, Any]]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the 0.9 M Llama only, under a minute")
+    parser.add_argument("--quick", action="store_true", help="the 0.9 M Llama only: under a minute without --peers")
     parser.add_argument("--large", action="store_true", help="the 0.5 B Qwen shape too")
+    parser.add_argument("--peers", type=Path, help="the Python that has CTranslate2 and vLLM; else .venv-vllm's, unless --quick")
+    parser.add_argument("--compiled", action="store_true", help="vLLM compiled (wants a C++ compiler) instead of eager")
+    parser.add_argument("--only", choices=list(SHAPES), help="one shape only")
+    parser.add_argument("--repeats", type=int, help="how often each engine runs")
     parser.add_argument("--json", type=Path, help="write the rows here")
     given = parser.parse_args(arguments)
+    python = given.peers or (None if given.quick else PYTHON)
     limits = {"float32": gflops(torch.float32), "bfloat16": gflops(torch.bfloat16), "memory": bandwidth()}
-    absent = [name for name in ("ctranslate2", "vllm") if importlib.util.find_spec(name) is None]
+    peers = present(python)
     print(f"{torch.get_num_threads()} threads; products {limits['float32']:.0f} GFLOPS float32, {limits['bfloat16']:.0f} bfloat16; "
-          f"memory {limits['memory']:.0f} GB/s" + (f"; not installed: {', '.join(absent)}" if absent else ""))  # fmt: skip
+          f"memory {limits['memory']:.0f} GB/s" + f"\n{absent(peers)}".rstrip(), flush=True)  # fmt: skip
     rows: list[Any] = []
-    for shape, how in plan(given.quick, given.large):
-        for lengths, prompts in how["prompts"].items():
-            rows += measure(shape, lengths, prompts=prompts, repeats=how["repeats"], engines=how["engines"], limits=limits)
-            for row in rows[-len(how["engines"]) :]:
+    for shape, how in plan(given.quick, given.large, peers):
+        for lengths, prompts in how["prompts"].items() if given.only in (None, shape) else ():
+            done = measure(
+                shape, lengths, prompts=prompts, repeats=given.repeats or how["repeats"], engines=how["engines"], limits=limits,
+                python=python, compiled=given.compiled,
+            )  # fmt: skip
+            rows += done
+            for row in done:
                 low, high = row["spread"]
                 print(f"{row['shape']:12} {lengths:10} {row['engine']:16} {row['dtype']:9} {row['tokens_per_s']:9.0f} tok/s "
-                      f"{row['ratio']:6.2f}x ({low:.2f} to {high:.2f})  {row['roofline_share']:5.0%} of the roofline", flush=True)  # fmt: skip
+                      f"{row['ratio']:6.2f}x ({low:.2f} to {high:.2f})  {row['roofline_share']:5.0%} of the roofline, "
+                      f"mean length {row['mean_length']:.1f}", flush=True)  # fmt: skip
     if given.json:
-        given.json.write_text(json.dumps({"limits": limits, "absent": absent, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        absent_peers = [name for name in PEERS if name not in peers]
+        given.json.write_text(json.dumps({"limits": limits, "absent": absent_peers, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The sampling benchmark measures what it says: lengths by their law, ratios to `generate`, a roofline above all."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,3 +33,64 @@ def test_rows():
     assert rows[0]["ratio"] == 1 and rows[0]["spread"] == [1, 1]
     low, high = rows[1]["spread"]
     assert 1 < low <= rows[1]["ratio"] <= high and 0 < rows[1]["roofline_share"] < 1
+
+
+STAND_IN = """#!{python}
+import json, os, sys
+if sys.argv[1] == "-c":
+    sys.stdout.write('["vllm"]')
+    sys.exit()
+wanted = json.loads(sys.stdin.readline())
+print(json.dumps({loaded}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({{"seconds": 0.5, "lengths": [len(ids) for ids in json.loads(line) for _ in range(wanted["answers"])]}}), flush=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A program in place of the peers' Python, which has vLLM alone: its answers are as long as their prompts."""
+
+    def make(loaded='{"about": wanted["dtype"]}'):
+        path = tmp_path / "python"
+        path.write_text(STAND_IN.format(python=sys.executable, loaded=loaded), encoding="utf-8")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def test_absent_peers_are_named(stand_in, tmp_path):
+    found = bench.present(stand_in())
+    assert found == ["vllm"] and bench.present(tmp_path / "nowhere") == [] and bench.absent(["ctranslate2", "vllm"]) == ""
+    line = bench.absent(found)
+    assert "not measured: ctranslate2 (" in line and "make bench-peers" in line
+
+
+def test_a_peer_has_its_own_clock_and_a_shape_it_cannot_serve_has_no_row(stand_in, capsys):
+    how = {"prompts": 2, "repeats": 1, "engines": [("generate", "float32"), ("vllm", "float32")], "limits": {"float32": 1e6, "memory": 1e6}}
+    rows = bench.measure("llama 0.9 M", "realistic", python=stand_in(), **how)
+    prompts = [len(ids) for ids in bench.make_prompts(2, 1024)]
+    assert rows[1]["engine"] == "vllm" and rows[1]["tokens_per_s"] == 16 * sum(prompts) / 0.5
+    assert rows[1]["mean_length"] == sum(prompts) / 2
+    rows = bench.measure("llama 0.9 M", "realistic", python=stand_in('{"error": "head size 31"}'), **how)
+    assert [row["engine"] for row in rows] == ["generate"] and "not measured: vllm: head size 31" in capsys.readouterr().out
+
+
+def test_plan_puts_peers_in_turn_with_ours():
+    for peers in ((), ("ctranslate2", "vllm")):
+        shapes = dict(bench.plan(False, False, peers))
+        assert list(shapes) == ["llama 0.9 M", "gpt-2 small"]
+        assert shapes["gpt-2 small"]["engines"] == [(e, d) for d in ("float32", "bfloat16") for e in ("generate", *peers, "irlign")]
+
+
+@pytest.mark.parametrize("shape", ["llama 0.9 M", "gpt-2 small"])
+def test_the_law_is_in_the_folder(tmp_path, shape):
+    """Read again from its folder, the model gives EOS the hazard after every token; no other weight says so."""
+    bench.make_model(shape, "realistic", torch.float32).save_pretrained(tmp_path)
+    model = bench.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.bias is None
+    ids = torch.tensor([bench.make_prompts(1, 1024)[0]])
+    with torch.no_grad():
+        hazard = model(ids).logits.softmax(-1)[0, :, 1]
+    assert hazard.mean().item() == pytest.approx(0.0228, rel=0.1) and hazard.std() < 0.003
