@@ -161,7 +161,7 @@ def engines(kind: str, shape: str, quick: bool) -> dict[str, Callable[..., None]
             "plain loop, bf16": partial(plain_sft, bf16=True),
             "irlign": irlign_sft,
         }
-    names = ["defaults"] if quick else ["defaults", "by length, float32", "by length, bf16"]
+    names = ["defaults"] if quick else list(OPTIONS)[:3]  # RewardTrainer groups no pairs by length, and packs none
     found = {f"RewardTrainer, {name}": partial(trl_reward, **OPTIONS[name]) for name in names}
     return {**found, "plain loop, float32": partial(plain_reward, bf16=False), "plain loop, bf16": partial(plain_reward, bf16=True), "irlign": irlign_reward}  # fmt: skip
 

@@ -4,7 +4,7 @@ A row is `prompt, better, worse`. The worse answer does not see the better one a
 reward is the one of a row of its own, but for rounding. Where the prompts of a pair differ (one was cut to fit), both rows stand whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -97,14 +97,14 @@ def can_fork(model: "PreTrainedModel", pair: Pair, pad_id: int) -> bool:
         model.train(training)
 
 
-def fork_trainer(**options: Any) -> Any:
-    """transformers' Trainer over batches of `collate` with their `labels`; `options` are its own, `compute_loss_func` among them."""
+def fork_trainer(compute_loss_func: Callable[..., Any], **options: Any) -> Any:
+    """transformers' Trainer over batches of `collate` with their `labels`; `options` are its own."""
     from transformers import Trainer
 
     class ForkTrainer(Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             with self.accelerator.autocast():
                 logits = read(self.accelerator.unwrap_model(model), inputs)
-            return self.compute_loss_func(SimpleNamespace(logits=logits), inputs["labels"], num_items_in_batch)
+            return compute_loss_func(SimpleNamespace(logits=logits), inputs["labels"], num_items_in_batch)
 
-    return ForkTrainer(**options)
+    return ForkTrainer(compute_loss_func=compute_loss_func, **options)
