@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from irlign.config import dump_recipe, load_recipe, parse_overrides, parse_seeds, recipe_schema
+from irlign.config import dump_recipe, load_recipe, parse_seeds, recipe_schema
 from irlign.errors import ConfigError, RunError
 from irlign.recipe import WORLDS, Recipe, as_recipe, stored_recipe
 
@@ -129,8 +129,3 @@ def test_a_run_directory_brings_its_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert stored_recipe(["seed=1", f"--output_dir={tmp_path}"]) == Path(tmp_path) / "recipe.yaml"
     assert as_recipe(recipe) is recipe and as_recipe(recipe, ["seed=4"]).seed == 4
-
-
-def test_a_recipe_without_its_flag_is_told_where_it_goes():
-    with pytest.raises(ConfigError, match=r"--config mine\.yaml"):
-        list(parse_overrides(Recipe, ["mine.yaml"]))
