@@ -229,7 +229,7 @@ def _answered(conversation: Sequence[Message], loss_on: str, place: str, lost: C
     """(all before an assistant turn, that turn): the last one, or each. Turns after the last are counted in `lost`."""
     ends = [i for i, message in enumerate(conversation) if message["role"] == "assistant" and i > 0]
     if not ends:
-        raise DataError("has no assistant turn after a user's", where=place)
+        raise DataError("has no assistant turn after a user's", where=place, do="add the answer, or take the row out")
     if after := len(conversation) - 1 - ends[-1]:
         lost["turns_after_answer"] += after
     chosen = ends if loss_on == "all" else ends[-1:]
