@@ -292,8 +292,8 @@ def without_judge(prompts: int) -> str:
     if prompts >= FEWEST:
         return ""
     return (
-        f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed): nothing will be shown to beat SFT, "
-        "and SFT is kept. Raise data.dev_fraction, or bring more prompts"
+        f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed), so plain SFT is kept "
+        "(an n of your own is taken unjudged). Raise data.dev_fraction, or bring more prompts"
     )
 
 
