@@ -53,6 +53,17 @@ def recipe(tmp_path, model):
     return tmp_path / "recipe.yaml"
 
 
+def test_too_few_dev_prompts_are_told_before_any_compute(capsys, recipe, tmp_path):
+    rows = [{"prompt": f"the {a} {b} {c}", "completion": f" {c}"} for a in ("cat", "dog") for b in ("red", "blue", "ran") for c in WORDS]
+    many = _lines(tmp_path / "many.jsonl", rows)
+    for verb in ("validate", "plan"):
+        words = [verb, "--config", recipe, f"dataset_name={many}"]
+        code, few, err = _run(capsys, *words, "data.dev_fraction=0.5")  # 18 of 36 prompts
+        assert code == 0 and "18 dev prompts with a demonstration are too few for a judge (20 are needed)" in few, err
+        code, enough, err = _run(capsys, *words, "data.dev_fraction=0.6")
+        assert code == 0 and "too few" not in enough, err
+
+
 def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     code, out, err = _run(capsys, "run", "--config", recipe)
     assert (code, err) == (0, "") and "no golden reward" in out and (tmp_path / "out/report.html").is_file()
@@ -86,6 +97,7 @@ BAD_FILES = {
     "half a surrogate pair": ([*GOOD[:2], '{"prompt": "x \\ud83d", "completion": "y"}'], "bad.jsonl:3: holds half of a surrogate pair"),
     "a wrong role": ([{"messages": [{"role": "robot", "content": "x"}]}], "bad.jsonl:1, messages, message 1: role 'robot'"),
     "a row too long": ([*GOOD, {"prompt": "cat " * 80, "completion": " ran."}], "a row is too long"),
+    "a question without an answer": ([{"messages": [{"role": "user", "content": "x"}]}], "bad.jsonl:1, messages: has no assistant turn"),
     "conversations for a model without a template": (
         [{"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]} for row in GOOD],
         "this model has no chat template",
@@ -106,7 +118,8 @@ def test_bad_files(capsys, recipe, tmp_path, case):
 BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
-    "no override": (["fast"], "'fast' is no override"),
+    "no override": (["fast"], "'fast' is no override\n  write key=value"),
+    "a recipe without its option": (["mine.yaml"], "'mine.yaml' is no override\n  a recipe follows --config: --config mine.yaml"),
     "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),

@@ -78,7 +78,7 @@ def test_runs_that_do_not_compare_are_not_compared(two, tmp_path):
     results["golden"] = None
     write_json(two[1] / "evaluation/results.json", results)
     assert compare_runs(two, tmp_path / "c.html") == [
-        "2 runs that were not all judged alike, so means compare only where a line here does it."
+        "2 runs that were not all judged by the same measure: their means do not compare, only what a line below puts side by side does."
     ]
     for root in two:
         write_json(root / "evaluation/results.json", results)

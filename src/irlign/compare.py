@@ -107,7 +107,9 @@ def _headline(results: Mapping[str, Mapping[str, Any]], tests: Sequence[Mapping[
             f"{len(results)} runs without a golden reward: each reward has a scale of its own, so nothing here says which run is better."
         ]
     elif len(measures) > 1:
-        lines = [f"{len(results)} runs that were not all judged alike, so means compare only where a line here does it."]
+        lines = [
+            f"{len(results)} runs that were not all judged by the same measure: their means do not compare, only what a line below puts side by side does."
+        ]
     else:
         lines = [f"{len(results)} runs, judged by {measures.pop()}."]
         if len({t["a"] for t in tests}) < len(results) - 1:

@@ -8,7 +8,7 @@ from typing import Any
 from irlign.black_box import validate_pools
 from irlign.data.splits import stored_demonstrations, stored_prompts
 from irlign.errors import DataError, OverlongError
-from irlign.preflight import preflight
+from irlign.preflight import judge_note, preflight
 from irlign.recipe import Recipe, as_recipe
 from irlign.records import SPLITS, Demonstration
 from irlign.reward.contrasts import Answer, answers_of
@@ -73,7 +73,7 @@ def validate(config: str | Path | Mapping[str, Any] | Recipe | None = None, over
         splits, notes = read_splits(recipe.model_copy(update={"data": dropping}), str(recipe.model_name_or_path))
     found = describe(splits, form, max_length=min(recipe.data.max_length or context, context))
     example = next(d for d in splits["train"] if d.completion)
-    return "\n".join([*stand_ins(notes), render(found, notes, masked_example(form, example))]), problem
+    return "\n".join([*stand_ins(notes), *judge_note(recipe, splits), render(found, notes, masked_example(form, example))]), problem
 
 
 def take_checkpoint(recipe: Recipe, run: Run, stage: str, source: str) -> None:

@@ -20,7 +20,7 @@ from irlign.inputs import contrast_answers, read_splits, take_checkpoint
 from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
 from irlign.optimise.methods import stage_of
-from irlign.preflight import check_stage, preflight
+from irlign.preflight import check_stage, judge_note, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.records import SPLITS
@@ -65,7 +65,12 @@ def data(recipe: Recipe, run: Run) -> None:
         rows = {split: len(splits[split]) for split in SPLITS}
         for split in SPLITS:
             write_table(folder / f"data/{split}.parquet", [d.to_row() for d in splits[split]])
-        for line in [*read_notes(notes), ", ".join(f"{n} {split}" for split, n in rows.items()), *stand_ins(notes)]:
+        for line in [
+            *read_notes(notes),
+            ", ".join(f"{n} {split}" for split, n in rows.items()),
+            *stand_ins(notes),
+            *judge_note(recipe, splits),
+        ]:
             say(f"data: {line}")
         return {"files": notes, "prompts": {s: len({d.prompt.prompt_id for d in splits[s]}) for s in SPLITS}, "rows": rows}
 

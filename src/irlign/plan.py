@@ -13,7 +13,7 @@ from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda
 from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
-from irlign.optimise.label_free import EXCHANGED, FEWEST
+from irlign.optimise.label_free import EXCHANGED, FEWEST, without_judge
 from irlign.optimise.methods import rewarded
 from irlign.optimise.rounds import past_policies
 from irlign.progress import clock
@@ -297,6 +297,8 @@ def render(table: Sequence[Stage], recipe: Recipe, sizes: Sizes, shape: Shape, s
     if sample.seconds is None:
         cost = recipe.sampling.openai.cost(int(sample.read), int(sample.generated))
         text.append(f"sample runs at the endpoint: {'price_in and price_out would say its cost' if cost is None else f'cost {cost:,.2f}'}")
+    if recipe.world is None and (line := without_judge(min(sizes.rows["dev"], p["dev"]))):
+        text.append(line)
     return "\n".join(text + ([f"for each of {len(recipe.seeds)} seeds"] if recipe.seeds else []))
 
 

@@ -1,6 +1,7 @@
 """Bad settings are found before any compute: what a recipe names is there, and everything that is passed on is accepted."""
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from irlign.endpoint import check_client
@@ -9,9 +10,11 @@ from irlign.evaluate.golden import is_function, load_golden
 from irlign.evaluate.judge import SECTION
 from irlign.evaluate.lm_eval import lm_eval_python
 from irlign.evaluate.reward_bench import read_bench
+from irlign.optimise.label_free import without_judge
 from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
 from irlign.recipe import Recipe
+from irlign.records import Demonstration
 from irlign.sampling.engine import check_engine
 from irlign.training import Config, TrainerSettings, training_arguments
 
@@ -46,6 +49,14 @@ def preflight(recipe: Recipe) -> None:
     for settings in _trained(recipe):
         _accepted(recipe, settings)
     check_method(recipe)
+
+
+def judge_note(recipe: Recipe, splits: Mapping[str, Sequence[Demonstration]]) -> list[str]:
+    """That the dev demonstrations of one's own file are too few for a judge, where they are."""
+    if recipe.world is not None or recipe.pools:
+        return []
+    line = without_judge(len({d.prompt.prompt_id for d in splits["dev"] if d.completion}))
+    return [line] if line else []
 
 
 def check_stage(name: str, recipe: Recipe) -> None:

@@ -81,6 +81,13 @@ def test_histogram_counts_every_row():
     assert lines[-1].count("#") == 40 and lines[0].count("#") == 13
 
 
+def test_no_length_stands_in_two_bins():
+    lines = histogram(list(range(75, 88)))  # ten bins of 1.2: one begins at 81, where the one before it ends
+    ends = [[int(word) for word in line.split()[:3:2]] for line in lines]
+    assert [low for low, _ in ends[1:]] == [high + 1 for _, high in ends[:-1]] and (ends[0][0], ends[-1][1]) == (75, 87)
+    assert [high - low + 1 for low, high in ends] == [int(line.split()[-1]) for line in lines]
+
+
 def test_the_text_says_what_was_lost(form):
     found = describe({"train": rows(SHORT), "dev": [], "test": []}, form, max_length=8)
     text = render(found, {"f.jsonl": {"rows": 3, "empty": 1, "overlong_dropped": 1}}, "EXAMPLE")

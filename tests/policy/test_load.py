@@ -8,7 +8,7 @@ import torch
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
 from irlign.errors import ModelError
-from irlign.policy.load import context_length, load_policy, save_policy
+from irlign.policy.load import context_length, load_config, load_policy, save_policy
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,15 @@ def test_a_missing_folder():
     with pytest.raises(ModelError, match="no such model folder") as caught:
         load_policy("/nowhere/at/all")
     assert caught.value.where == "/nowhere/at/all" and "Hub id" in str(caught.value)
+
+
+def test_a_name_that_is_no_folder_was_asked_of_the_hub(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("cannot reach it")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(ModelError, match="no folder has this name, so it was asked of the Hub"):
+        load_config("nomodel")
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,11 @@ def read_notes(notes: Mapping[str, Any]) -> list[str]:
 def histogram(values: Sequence[int], bins: int = 10, width: int = 40) -> list[str]:
     """A text histogram, one line a bin."""
     counts, edges = np.histogram(values, bins=min(bins, max(1, int(np.ptp(values)))))
+    first = np.ceil(edges[:-1]).astype(int)
+    last = [*(first[1:] - 1), int(edges[-1])]  # a bin holds its lower edge, the last one its upper edge too
     return [
-        f"  {int(np.ceil(lo)):>6} - {int(hi):<6} {'#' * max(1, round(width * c / counts.max())) if c else ''} {c}"
-        for lo, hi, c in zip(edges, edges[1:], counts, strict=False)
+        f"  {lo:>6} - {hi:<6} {'#' * max(1, round(width * c / counts.max())) if c else ''} {c}"
+        for lo, hi, c in zip(first, last, counts, strict=True)
     ]
 
 

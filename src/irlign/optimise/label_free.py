@@ -287,6 +287,16 @@ def _curve_json(curve: Curve) -> dict[str, dict[str, Any]]:
     return {str(n): {"mean": float(mean), "low": float(low), "likelier": bool(likelier)} for n, mean, low, likelier in points}
 
 
+def without_judge(prompts: int) -> str:
+    """What a run with so many dev prompts with a demonstration must come to, said before any compute; empty where they make a judge."""
+    if prompts >= FEWEST:
+        return ""
+    return (
+        f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed), so plain SFT is kept "
+        "(an n of your own is taken unjudged). Raise data.dev_fraction, or bring more prompts"
+    )
+
+
 def guard_n(choice: Mapping[str, Any], force: bool) -> None:
     """Raises ConfigError where `best_of_n.n` is above what the judge would take, unless forced: selection there is not shown to be safe."""
     if choice["given"] and choice["label_free"] is not None and choice["given"] > choice["label_free"] and not force:

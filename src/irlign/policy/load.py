@@ -69,7 +69,9 @@ def load_config(path: str) -> Any:
             path = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"no readable model configuration: {_first_line(error)}", where=path, do=_install_peft(error)) from error
+        raise ModelError(
+            f"no readable model configuration: {_first_line(error)}", where=path, do=_install_peft(error) or _no_folder(path)
+        ) from error
 
 
 def check_causal(path: str) -> None:
@@ -164,6 +166,10 @@ def _must_exist(path: str) -> None:
 
 def _install_peft(error: BaseException) -> str | None:
     return "pip install 'irlign[peft]'" if isinstance(error, ImportError) and error.name == "peft" else None
+
+
+def _no_folder(path: str) -> str | None:
+    return None if Path(path).is_dir() else "no folder has this name, so it was asked of the Hub: check the path, or the id and the network"
 
 
 def _first_line(error: BaseException) -> str:
