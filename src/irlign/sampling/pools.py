@@ -214,6 +214,6 @@ def guard_finished(statistics: dict[str, Any], settings: SamplingSettings) -> No
         raise GuardError(
             f"{ended}: pi_SFT has not learned to end, or the limit is too short for its answers",
             where="sample sft",
-            do="raise sampling.max_new_tokens, train SFT longer, or give a sampling.stop string; "
+            do="raise sampling.max_new_tokens, train SFT longer (sft.num_train_epochs), or give a sampling.stop string; "
             "sampling.max_cut_share=1 goes on all the same",
         )
