@@ -10,6 +10,7 @@ from irlign.arena.judges import (
     WAYS,
     gao,
     highest,
+    likelier_not_beaten,
     lower_bound,
     not_beaten,
     one_error,
@@ -35,6 +36,9 @@ def test_the_rules_by_hand():
     assert (lower_bound(rising), highest(rising), not_beaten(rising)) == (2, 4, 4)
     level = curve((1.0, 0.0), (0.9, 0.2))  # lower by less than is shown
     assert (lower_bound(level), highest(level), not_beaten(level)) == (2, 2, 4)
+    assert {likelier_not_beaten(of) for of in (rising, level)} == {2}
+    likelier = np.array([False, False, True])
+    assert {likelier_not_beaten(of._replace(likelier=likelier)) for of in (rising, level)} == {4}
     assert (one_error(rising), simplest(rising)) == (2, 2)  # 1.1 - 0.2 / sqrt(3) = 0.98; 0.1 is within 0.12
     steep = curve((1.0, 0.0), (1.2, 0.2))
     assert (one_error(steep), simplest(steep)) == (4, 4)  # 1.2 - 0.12 = 1.08; 0.2 is not within 0.12

@@ -91,13 +91,13 @@ def curve(*points, likelier=False):
 
 
 def test_the_choice_by_hand():
-    """One that is not shown is not taken, however high. Where picks are likely the largest n that is not beaten, else the best bound."""
+    """One that is not shown is not taken, however high. Where picks are likely the largest n that gains no less, else the best bound."""
     unshown = (1, 0), (2, 2)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
     assert choose_n(curve(*unshown)) == choose_n(curve(*unshown, likelier=True)) == 2
-    level = (1, 0), (0.9, 0.2)  # 1 - 0.9 is less than 1.64 * 0.2 / sqrt(3) = 0.19
-    assert (choose_n(curve(*level)), choose_n(curve(*level, likelier=True))) == (2, 4)
-    fallen = (1, 0), (0.8, 0.2)
-    assert choose_n(curve(*fallen)) == choose_n(curve(*fallen, likelier=True)) == 2
+    rising = (1, 0), (1.1, 0.2)  # its bound is 1.1 - 1.64 * 0.2 / sqrt(3) = 0.91
+    assert (choose_n(curve(*rising)), choose_n(curve(*rising, likelier=True))) == (2, 4)
+    for lower in (0.9, 0.8):  # not shown to be beaten, since 1 - 0.9 is less than 0.19; and shown to be
+        assert choose_n(curve((1, 0), (lower, 0.2))) == choose_n(curve((1, 0), (lower, 0.2), likelier=True)) == 2
     lost = (-1, 0), (-0.9, 0.2)
     assert choose_n(curve(*lost)) == choose_n(curve(*lost, likelier=True)) == 1
     drifts = curve((1, 0), (1.1, 0.2))._replace(likelier=np.array([False, True, False]))

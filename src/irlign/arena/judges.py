@@ -71,8 +71,16 @@ def simplest(curve: Curve) -> int:
 
 
 def not_beaten(curve: Curve) -> int:
-    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat, however likely its picks."""
-    return choose_n(curve._replace(likelier=np.ones(len(curve.n), dtype=bool)))
+    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat, however likely its picks and whatever it
+    gains."""
+    good = [k for k in np.flatnonzero(shown(curve.gains)) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
+    return curve.n[max(good, default=0)]
+
+
+def likelier_not_beaten(curve: Curve) -> int:
+    """`choose_n` as it was once: the best lower bound, or the largest n not beaten whose picks are likelier, even where it gains less."""
+    good = [k for k in np.flatnonzero(shown(curve.gains) & curve.likelier) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
+    return max([lower_bound(curve), *(curve.n[k] for k in good)])
 
 
 def gao(curve: Curve) -> int:
@@ -113,6 +121,7 @@ WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge (mean less one error)": chosen_by(JUDGE, one_error),
     "judge (smallest within one error)": chosen_by(JUDGE, simplest),
     "judge (largest not beaten)": chosen_by(JUDGE, not_beaten),
+    "judge (likelier, not beaten)": chosen_by(JUDGE, likelier_not_beaten),
     "judge (Gao's law)": chosen_by(JUDGE, gao),
     "judge without exchanged": chosen_by(heldout("initial")),
     "judge without pi_0": chosen_by(heldout("exchanged")),
