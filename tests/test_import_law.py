@@ -28,7 +28,7 @@ MAY = {  # part of the package -> parts it may import, besides its own files
     "forward": SPINE | {"data"},
     "worlds": BASE,
     "policy": SPINE | {"data", "training", "forward"},
-    "sampling": SPINE | {"endpoint", "data", "training", "policy"},
+    "sampling": SPINE | {"endpoint", "data", "training", "forward", "policy"},
     "reward": SPINE | {"data", "training", "launch", "forward"},
     "optimise": SPINE | {"data", "training", "launch", "policy", "sampling", "reward"},
     "evaluate": SPINE | {"endpoint", "data", "worlds", "reward"},
