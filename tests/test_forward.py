@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Mi
 
 from irlign import forward
 from irlign.data.chat import Encoded
-from irlign.forward import each_batch
+from irlign.forward import each_batch, reads_alike
 
 PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 7], [5], [1, 13, 14, 15], [8, 9]]
 ANSWERS = [[20, 21, 2], [2], [22, 9, 10, 30, 2], [25, 2]]
@@ -71,3 +71,20 @@ def test_a_batch_stays_within_its_tokens(tmp_path):
         sizes = [batch.inputs["attention_mask"].shape for batch in batches(model, rows, pad_id=3, most=60)]
         own = [batch.inputs["input_ids"].shape for batch in batches(model, rows, pad_id=3, most=60)]
     assert len(own) > 3 and np.prod(own, axis=1).max() <= 60 and np.prod(sizes, axis=1).max() <= 60 * forward.KEPT
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
+def test_ways_of_reading_by_hand(dtype, near, tmp_path):
+    model, plain = _model("llama", tmp_path).to(dtype), torch.tensor([[8.0, -4.0], [0.0, 1.0]])
+    for off, alike in ((0.9 * near, True), (1.1 * near, False)):  # the largest of the second row is 1, of the first 8
+        assert reads_alike(model, lambda off=off: plain + torch.tensor([[0.0, 0.0], [off, 0.0]]), lambda: plain) is alike
+    assert not reads_alike(model, lambda: plain[:1], lambda: plain), "another number of rows"
+    assert not reads_alike(model, lambda: plain * float("nan"), lambda: plain)
+    assert not reads_alike(model, lambda: model(nothing=1).logits, lambda: plain), "the model refuses"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_while_ways_are_compared(training, tmp_path):
+    model = _model("llama", tmp_path).train(training)
+    assert reads_alike(model, lambda: torch.ones(1) * (1 + model.training), lambda: torch.ones(1))
+    assert model.training is training

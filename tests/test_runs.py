@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from irlign import progress, runs
 from irlign.errors import ModelError, RunError
-from irlign.files import disk_errors
+from irlign.files import disk_errors, write_rows
 from irlign.runs import Run, request_seed
 
 
@@ -259,6 +259,17 @@ def test_other_errors_pass(tmp_path):
             raise error
     with pytest.raises(RunError, match="no such file or directory"), disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/x")
+
+
+def test_rows_as_json_lines(tmp_path):
+    rows = [
+        {"prompt": "a\nb\u2028é", "completion": "\ud800 x", "reward": 0.1},
+        {"prompt": [{"role": "user", "content": "é"}], "reward": -2.0},
+    ]
+    write_rows(tmp_path / "best_of_n/selected.jsonl", rows)
+    raw = (tmp_path / "best_of_n/selected.jsonl").read_bytes()
+    assert [json.loads(line) for line in raw.decode("utf-8").rstrip("\n").split("\n")] == rows
+    assert "é".encode() in raw
 
 
 def test_a_damaged_manifest_is_one_clear_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: JSON, Parquet tables, content hashes, and disk errors in plain words."""
+"""Files that are written whole or not at all: JSON, JSON lines, Parquet tables, content hashes, and disk errors in plain words."""
 
 import contextlib
 import errno
@@ -105,6 +105,13 @@ def read_json(path: Path) -> Any:
         raise RunError("the file is missing", where=path) from None
     except (OSError, ValueError) as error:
         raise RunError(f"the file is damaged: {error}", where=path, do="delete it: the stage that wrote it then runs again") from error
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, in the given order; a lone surrogate is written as its JSON escape."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from irlign.data.batches import in_batches
 from irlign.data.chat import Encoded, pad
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 CPU_TOKENS, GPU_TOKENS = 1024, 32768  # padded tokens a batch: small ones win on a CPU
@@ -126,20 +127,39 @@ class _Prompts:
 
 
 def _shares(model: "PreTrainedModel", row: Encoded, pad_id: int) -> bool:
-    """Whether the model reads an answer after its prompt's keys and values as it reads the whole row; found out once a model.
+    """Whether the model reads an answer after its prompt's keys and values as it reads the whole row; found out once a model."""
+    import torch
 
-    False for encoders, and for layers that keep anything else than keys and values.
+    def after_prompt() -> "torch.Tensor":
+        inputs = _Prompts(model, [row.prompt_ids], pad_id).inputs([0], [[row.prompt_ids[-1], *row.completion_ids]])
+        return model.base_model(**inputs).last_hidden_state
+
+    def whole() -> "torch.Tensor":
+        ids = torch.tensor([row.ids], device=model.device)
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, len(row.prompt_ids) - 1 :]
+
+    if model not in _sharing:
+        _sharing[model] = reads_alike(model, after_prompt, whole)
+    return _sharing[model]
+
+
+def reads_alike(model: "PreTrainedModel", way: Callable[[], "torch.Tensor"], plain: Callable[[], "torch.Tensor"]) -> bool:
+    """Whether the model reads rows in a way of ours as it reads them plainly: of the N tensors in what each returns, [N, ...], every one is
+    the other's but for rounding. Dropout is off meanwhile.
+
+    False where the model refuses: encoders, attention that takes no mask or cache of ours, layers that keep anything else than keys and
+    values.
     """
     import torch
 
-    if model not in _sharing:
-        try:
-            inputs = _Prompts(model, [row.prompt_ids], pad_id).inputs([0], [[row.prompt_ids[-1], *row.completion_ids]])
-            found_T_H = model.base_model(**inputs).last_hidden_state[0]
-            whole = torch.tensor([row.ids], device=model.device)
-            whole_T_H = model.base_model(input_ids=whole, use_cache=False).last_hidden_state[0, len(row.prompt_ids) - 1 :]
-            near = 1e-3 if model.dtype == torch.float32 else 5e-2
-            _sharing[model] = bool((found_T_H - whole_T_H).abs().max() <= near * whole_T_H.abs().max())
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            _sharing[model] = False
-    return _sharing[model]
+    near = 1e-3 if model.dtype == torch.float32 else 5e-2
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            both = zip(way(), plain(), strict=True)
+            return all(bool((found - own).abs().max() <= near * own.abs().max()) for found, own in both)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        model.train(training)

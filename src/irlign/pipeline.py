@@ -15,7 +15,7 @@ from irlign import __version__
 from irlign.black_box import pool_files, selection_source, take_pools, why_no_judge
 from irlign.data.checks import read_notes
 from irlign.data.splits import stored_demonstrations, stored_prompts
-from irlign.files import read_json, write_json, write_table
+from irlign.files import read_json, write_json, write_rows, write_table
 from irlign.inputs import contrast_answers, read_splits, take_checkpoint
 from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
@@ -223,7 +223,7 @@ def bon(recipe: Recipe, run: Run) -> None:
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.adaptive import answers_used
-        from irlign.optimise.best_of_n import candidate_rows, scored_texts, select, write_rows
+        from irlign.optimise.best_of_n import candidate_rows, scored_texts, select
         from irlign.optimise.label_free import choice_of, guard_n, judge_pool
         from irlign.optimise.scoring import scores_of
         from irlign.reward.controls import length

@@ -1,12 +1,10 @@
 """Best-of-N: candidates with all raw scores, and the one answer selected for each prompt."""
 
-import json
-
 import numpy as np
 import pytest
 
 from irlign.errors import DataError
-from irlign.optimise.best_of_n import candidate_rows, scored_text, select, write_rows
+from irlign.optimise.best_of_n import candidate_rows, scored_text, select
 from irlign.records import Prompt, Sample
 
 ASK = Prompt.of("Say it.", "dev")
@@ -84,17 +82,6 @@ def test_each_prompt_has_its_own_answer_in_order():
     picked = select(candidate_rows(pool, {"r": np.array([1.0, 2.0, 4.0, 3.0])}), "r", 2)
     assert [(p["prompt_id"], p["index"]) for p in picked] == [(TALK.prompt_id, 1), (ASK.prompt_id, 0)]
     assert picked[0]["prompt"] == [{"role": "user", "content": "Hé?"}]
-
-
-def test_selected_as_json_lines(tmp_path):
-    rows = [
-        {"prompt": "a\nb\u2028é", "completion": "\ud800 x", "reward": 0.1},
-        {"prompt": [{"role": "user", "content": "é"}], "reward": -2.0},
-    ]
-    write_rows(tmp_path / "best_of_n/selected.jsonl", rows)
-    raw = (tmp_path / "best_of_n/selected.jsonl").read_bytes()
-    assert [json.loads(line) for line in raw.decode("utf-8").rstrip("\n").split("\n")] == rows
-    assert "é".encode() in raw
 
 
 def test_a_reward_sees_candidates_under_the_ending_rule_of_its_training():

@@ -1,17 +1,12 @@
 """Pairs in one row: by hand, and the same rewards and gradients as rows of their own, for every family that shares prompts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as t
+from families import FAMILIES, IDS
 
 from irlign.data.chat import Encoded, pad
 from irlign.reward.forks import BETTER, NONE, SHARED, WORSE, can_fork, collate, read, visible
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sampling"))
-from families import FAMILIES, IDS
 
 PAD = 3
 PAIRS = [

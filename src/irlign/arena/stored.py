@@ -17,7 +17,7 @@ import typer
 
 from irlign.errors import ConfigError, DataError, IrlignError
 from irlign.evaluate.reward_bench import similar
-from irlign.optimise.best_of_n import write_rows
+from irlign.files import write_rows
 from irlign.records import prompt_identity
 from irlign.reward.controls import controls
 from irlign.reward.features import Features, LogisticHead, word_features

@@ -7,7 +7,6 @@ positive are the demonstrations. Such openings of other stories go to `stories_e
 """
 
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from irlign.data.sentences import sentences
 from irlign.data.sentiment import vader_sentiment
 from irlign.errors import DataError, IrlignError
+from irlign.files import write_rows
 
 PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 80, 150
 DEMONSTRATIONS, EVALUATION = 300, 120
@@ -67,8 +67,7 @@ def main(raw: str, out: str) -> None:
         raise DataError("no such file", where=source, do="give the raw TinyStories text")
     held_out = target.with_name(f"{target.stem}_eval{target.suffix}")
     for path, rows in zip((target, held_out), make_demonstrations(source.read_text(encoding="utf-8")), strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_rows(path, rows)
         print(f"{path}: {len(rows)} rows")
 
 

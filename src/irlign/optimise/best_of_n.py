@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from pydantic import Field
 
 from irlign.config import Settings
 from irlign.errors import DataError
-from irlign.files import replacing
 from irlign.records import SCORE, PromptContent, Sample
 from irlign.reward.contrasts import ended
 
@@ -101,10 +99,3 @@ def select(rows: Sequence[Mapping[str, Any]], reward: str, n: int | Mapping[str,
             }
         )
     return selected
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line, in the given order; a lone surrogate is written as its JSON escape."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")

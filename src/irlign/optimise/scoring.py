@@ -10,8 +10,7 @@ import numpy as np
 from irlign.data.batches import blocks
 from irlign.data.demonstrations import DataSettings, load_demonstrations
 from irlign.errors import RunError
-from irlign.files import read_table, write_table
-from irlign.optimise.best_of_n import write_rows
+from irlign.files import read_table, write_rows, write_table
 from irlign.progress import Progress
 from irlign.records import PromptContent
 from irlign.reward.load import load_reward, score_all

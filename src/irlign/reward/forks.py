@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from irlign.data.chat import Encoded, pad
+from irlign.forward import reads_alike
 
 if TYPE_CHECKING:
     import torch
@@ -77,24 +78,15 @@ def can_fork(model: "PreTrainedModel", pair: Pair, pad_id: int) -> bool:
 
     if not hasattr(model, "score") or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            own = {name: of.to(model.device) for name, of in collate([pair], pad_id).items()}
-            found_2_D = _hidden(model, own)
-            whole_2_D = torch.cat(
-                [
-                    model.base_model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False).last_hidden_state[:, -1]
-                    for row in pair
-                ]
-            )
-            near = 1e-3 if model.dtype == torch.float32 else 5e-2
-            return bool((found_2_D - whole_2_D).abs().max() <= near * whole_2_D.abs().max())
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        model.train(training)
+
+    def forked() -> "torch.Tensor":  # [1, 2, D]: the two ends are compared as one
+        return _hidden(model, {name: of.to(model.device) for name, of in collate([pair], pad_id).items()})[None]
+
+    def apart() -> "torch.Tensor":
+        rows = [torch.tensor([row.ids], device=model.device) for row in pair]
+        return torch.cat([model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -1] for ids in rows])[None]
+
+    return reads_alike(model, forked, apart)
 
 
 def fork_trainer(compute_loss_func: Callable[..., Any], **options: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from irlign.data.chat import pad
+from irlign.forward import reads_alike
 from irlign.sampling.attention import NAME, Cohort, SharedPrompts, attention
 
 
@@ -110,18 +111,16 @@ def serves(model: PreTrainedModel, pad_id: int) -> bool:
     if not set(kinds) <= {"full_attention", "sliding_attention"}:
         return False
     first, second = [1, 2, 3], [4, 5]
-    with torch.inference_mode():
-        try:
-            state = SharedState(model, pad_id)
-            state.add([first, second], np.array([0, 0, 1]))
-            with attention(model, state.attention_name):
-                state.step(torch.tensor([6, 7, 8], device=model.device), torch.tensor([3, 3, 2], device=model.device))
-                found_B_V = state.step(torch.tensor([9, 10, 11], device=model.device), torch.tensor([4, 4, 3], device=model.device))
-        except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
-            return False  # a model that takes its attention or its cache in another way
-        for found_V, text in zip(found_B_V, ([*first, 6, 9], [*first, 7, 10], [*second, 8, 11]), strict=True):
-            own_V = model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0, -1]
-            near = 1e-3 if model.dtype == torch.float32 else 5e-2
-            if not bool((found_V - own_V).abs().max() <= near * own_V.abs().max()):
-                return False
-    return True
+
+    def shared() -> torch.Tensor:
+        state = SharedState(model, pad_id)
+        state.add([first, second], np.array([0, 0, 1]))
+        with attention(model, state.attention_name):
+            state.step(torch.tensor([6, 7, 8], device=model.device), torch.tensor([3, 3, 2], device=model.device))
+            return state.step(torch.tensor([9, 10, 11], device=model.device), torch.tensor([4, 4, 3], device=model.device))
+
+    def alone() -> torch.Tensor:
+        rows = [torch.tensor([text], device=model.device) for text in ([*first, 6, 9], [*first, 7, 10], [*second, 8, 11])]
+        return torch.cat([model(input_ids=ids, use_cache=False).logits[:, -1] for ids in rows])
+
+    return reads_alike(model, shared, alone)
