@@ -1,5 +1,7 @@
 """Ways to choose n: rules by hand, and every way on one cell."""
 
+from collections import Counter
+
 import numpy as np
 
 from irlign.arena.cell import Cell, Place
@@ -8,6 +10,7 @@ from irlign.arena.judges import (
     SELECTORS,
     STOPPING,
     WAYS,
+    _repeated,
     gao,
     highest,
     likelier_not_beaten,
@@ -18,7 +21,7 @@ from irlign.arena.judges import (
     stopping_table,
     two_sample,
 )
-from irlign.optimise.label_free import Curve
+from irlign.optimise.label_free import Answers, Curve
 from irlign.runs import Run
 from tests.arena.test_leaderboard import TINY
 
@@ -71,6 +74,12 @@ def test_every_way_on_a_cell(tmp_path):
         scores = next(iter(SELECTORS.values()))(cell)
         assert np.array_equal(next(iter(STOPPING.values()))(cell).scores, scores)
         assert two_sample(cell, scores) == two_sample(cell, 2 * scores + 1)  # ranks decide, not values
+
+
+def test_repeated_answers_keep_their_prompts():
+    answers = Answers(["a", "a", "b", "c"], np.arange(4.0)[:, None])
+    found = _repeated(answers, Counter("bba"))
+    assert (list(found.prompt_ids), found.features[:, 0].tolist()) == (["a", "a", "b", "b"], [0, 1, 2, 2])
 
 
 def test_the_table_of_ways():

@@ -4,6 +4,7 @@ Each row is Best-of-n by one reward with n chosen in one way, so that the table'
 What `irlign run` uses is `judge` (optimise/label_free.py `choose_n`). `irlign arena stopping` compares them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from irlign.arena.cell import Cell
+from irlign.arena.cell import Cell, golden_of
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
+from irlign.evaluate.golden import score_golden
 from irlign.evaluate.overoptimisation import fit_gao
 from irlign.optimise.label_free import Answers, Curve, choose_n, judge, lower_bounds, shown, sides_of
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
+REFITS = 24
 Judge = Callable[[Cell], np.ndarray]  # a value of each dev row of the pool, higher is better
 Rule = Callable[[Curve], int]  # the judged curve to one n
 
@@ -45,6 +48,31 @@ def heldout(*worse: str, features: str = "init") -> Judge:
 def by(scores: Scores) -> Judge:
     """Another reward as the judge."""
     return lambda cell: scores(cell)[cell.is_dev]
+
+
+def refitted(cell: Cell) -> np.ndarray:
+    """The mean of REFITS judges, each fitted to the dev prompts drawn with replacement (bagging): does the choice hang on the fit?"""
+    pool, shown, *worse = _sides(cell, "init")
+    prompts, rng = sorted(set(shown.prompt_ids)), np.random.default_rng(cell.run.seed)
+
+    def fit() -> np.ndarray:
+        times = Counter(prompts[i] for i in rng.integers(0, len(prompts), len(prompts)))
+        drawn = [_repeated(side, times) for side in (shown, *worse)]
+        return judge(pool, drawn[0], drawn[1:])
+
+    return np.mean([fit() for _ in range(REFITS)], axis=0)
+
+
+def _repeated(answers: Answers, times: Mapping[str, int]) -> Answers:
+    """The answers to each prompt so many times."""
+    rows = np.repeat(np.arange(len(answers.prompt_ids)), [times[prompt] for prompt in answers.prompt_ids])
+    return Answers([answers.prompt_ids[row] for row in rows.tolist()], answers.features[rows])
+
+
+def true_reward(cell: Cell) -> np.ndarray:
+    """The true reward itself on the dev prompts: what so few prompts leave of a judge that makes no mistake."""
+    dev = [sample for sample, own in zip(cell.pool, cell.is_dev, strict=True) if own]
+    return score_golden(golden_of(cell.recipe), [s.prompt.content for s in dev], [s.completion for s in dev], "golden")
 
 
 def highest(curve: Curve) -> int:
@@ -127,9 +155,11 @@ WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge without pi_0": chosen_by(heldout("exchanged")),
     "judge with pi_SFT's samples": chosen_by(heldout("initial", "exchanged", "sft")),
     "judge on pi_SFT's features": chosen_by(heldout("initial", "exchanged", features="sft")),
+    "judge refitted": chosen_by(refitted, choose_n),
     "the other contrasts": chosen_by(by(together(INIT_DEMO, SFT_DEMO))),
     "another seed of its kind": chosen_by(by(learned("init-sft-1", member=1))),
     "energy distance": two_sample,
+    "the true reward on dev (labels)": chosen_by(true_reward, choose_n),
     "always the largest": lambda cell, scores: int(np.bincount(np.unique(cell.prompt_ids, return_inverse=True)[1]).min()),
 }
 SELECTORS: Mapping[str, Scores] = {

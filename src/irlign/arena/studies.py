@@ -45,6 +45,7 @@ OVER_OPTIMISED: Setting = {  # few demonstrations in a style of their own, a rew
     "world.demonstrations": 100,
     "sft.num_train_epochs": 10,
     "sampling.train_generations": 2,
+    "sampling.num_generations": 64,
     "reward.learning_rate": 3e-3,
     "reward.num_train_epochs": 8,
 }
