@@ -70,6 +70,24 @@ def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     assert (tmp_path / "out/report.html").read_text().count("<script") == 1
 
 
+@pytest.mark.parametrize("verb", ["run", "validate", "plan", "sft", "bon", "eval", "optimise distill"])
+def test_a_bare_first_word_is_the_recipe(capsys, recipe, tmp_path, verb):
+    words = verb.split()
+    for suffix in ("yaml", "yml", "json"):
+        bad = tmp_path / f"bad.{suffix}"
+        bad.write_text(json.dumps({**yaml.safe_load(recipe.read_text()), "lucky": 1}))
+        code, _, err = _run(capsys, *words, bad, "seed=1")
+        assert code == 2 and f"bad.{suffix}:1: unknown key lucky" in err, err
+    code, _, err = _run(capsys, *words, tmp_path / "recip.yaml")
+    assert code == 2 and f"no such recipe\n  did you mean {recipe}" in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_forms_of_naming_a_recipe_read_it(capsys, recipe):
+    bare, named = _run(capsys, "validate", recipe, "seed=1"), _run(capsys, "validate", "seed=1", "--config", recipe)
+    assert bare == named and bare[0] == 0 and bare != _run(capsys, "validate", recipe, "seed=2")
+
+
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
     assert (
@@ -119,7 +137,7 @@ BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
     "no override": (["fast"], "'fast' is no override\n  write key=value"),
-    "a recipe without its option": (["mine.yaml"], "'mine.yaml' is no override\n  a recipe follows --config: --config mine.yaml"),
+    "a second recipe": (["mine.yaml"], "'mine.yaml' is no override\n  a recipe is the first word, or follows --config: --config mine.yaml"),
     "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),

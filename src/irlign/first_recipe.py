@@ -94,7 +94,7 @@ def write_recipe(path: Path, overrides: Sequence[str] = (), ask: Ask | None = No
         told = given.get(key) if key == TEMPLATE else None  # resolved, a template's file has become its text
         assign(values, tuple(key.split(".")), None if key in missing else told or _at(resolved, key))
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# irlign validate --config {path}, then irlign plan and irlign run. `irlign schema` lists every key.\n"
+    head = f"# irlign validate --config {path}, then irlign plan and irlign run, each with the same --config. `irlign schema` lists every key.\n"
     path.write_text(head + "\n".join(_lines(Recipe, values, missing)) + "\n", encoding="utf-8")
     return missing
 
