@@ -154,6 +154,15 @@ BAD_KEYS = {
 }
 
 
+def test_a_missing_chat_template_is_that_of_the_model_that_was_given(capsys, recipe, tmp_path, model):
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " ran."}]
+    talk = _lines(tmp_path / "talk.jsonl", [{"messages": turns}, *GOOD])
+    for verb in ("validate", "run"):
+        code, _, err = _run(capsys, verb, recipe, f"dataset_name={talk}")
+        assert code == 1 and err.startswith(f"irlign: {model}: the data holds conversations"), err
+        assert "data.chat_template=chatml, hh, or the path" in err and "policies/init" not in err, err
+
+
 def test_the_budget_is_an_option_of_bon(capsys, recipe):
     code, _, err = _run(capsys, "bon", "--config", recipe, "--budget", "99")
     assert code == 2 and "best_of_n.budget=99 is a mean number of answers, and a prompt has 4 at most" in err
