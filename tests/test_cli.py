@@ -96,9 +96,11 @@ def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
         in err
     )
     assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
-    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
+    twice = _lines(tmp_path / "twice.jsonl", [*GOOD, *({**row, "completion": " a bird sat."} for row in GOOD)])
+    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe, f"dataset_name={twice}")[0] == 0
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
-    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "too few for a judge" in choice["why"]
+    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "1 dev prompts with a demonstration are" in choice["why"]
+    assert choice["demonstrations"] == 2
     assert _run(capsys, "optimise", "none", tmp_path / "out")[0] == 0 and not (tmp_path / "out/optimise").exists()
 
 

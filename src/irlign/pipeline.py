@@ -240,7 +240,7 @@ def bon(recipe: Recipe, run: Run) -> None:
         verdicts = judge_pool(source.reads, pool, initial, [] if no_judge else shown, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(*texts)}, verdicts.logits, verdicts.style)
         about: dict[str, Any] = {"judge_auc": verdicts.auc, "kept": source.kept, "no_judge": no_judge}
-        choice = choice_of(rows, selectors, settings.n, demonstrations=len(shown), **about)
+        choice = choice_of(rows, selectors, settings.n, demonstrations=shown, **about)
         guard_n(choice, settings.force)
         used, choice["adaptive"] = answers_used(rows, choice, settings.budget)
         selected = select(rows, choice["reward"], used)
