@@ -330,6 +330,8 @@ def test_env_schema_and_help(capsys):
         verb in text
         for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "optimise", "eval", "report", "plan", "env", "schema")
     )
+    for verb in ("run", "validate", "plan", "sft", "bon", "eval", "report"):
+        assert f"irlign {verb} [RECIPE | RUN] [KEY=VALUE]... [OPTIONS]\n" in _run(capsys, verb, "--help")[1]
 
 
 def test_model_output_is_escaped(capsys, recipe, tmp_path):

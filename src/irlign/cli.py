@@ -23,6 +23,7 @@ INTERRUPTED = 130  # typer turns a KeyboardInterrupt into an exit with this code
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML); as the first word it needs no --config")]
 Context = typer.Context
+WORDS: dict[str, Any] = {"context_settings": PASS_ON, "options_metavar": "[RECIPE | RUN] [KEY=VALUE]... [OPTIONS]"}
 RECIPES = (".yaml", ".yml", ".json")  # a bare first word that ends so is a recipe
 
 
@@ -39,7 +40,7 @@ def _overrides(context: Context) -> list[str]:
     return [f"output_dir={word}" if (Path(word) / "manifest.json").is_file() else word for word in words]
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def run(context: Context, config: Config = None) -> None:
     """The whole chain, from demonstrations to the report; finished stages are skipped."""
     from irlign.pipeline import run as run_chain
@@ -61,7 +62,7 @@ def init(context: Context, file: Annotated[str, typer.Argument(help="the recipe 
         typer.echo(line)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def validate(context: Context, config: Config = None) -> None:
     """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
     from irlign.inputs import validate as check
@@ -72,7 +73,7 @@ def validate(context: Context, config: Config = None) -> None:
         raise problem
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def plan(
     context: Context,
     config: Config = None,
@@ -100,7 +101,7 @@ def _stage(name: str, text: str) -> None:
 
         run_stage(name, *_given(context, config))
 
-    app.command(name, context_settings=PASS_ON, help=text)(verb)
+    app.command(name, help=text, **WORDS)(verb)
 
 
 _stage("sft", "Fine-tune on the demonstrations: policies/sft.")
@@ -116,7 +117,7 @@ def score(reward: str, file: str, output: str) -> None:
     typer.echo(f"{output}: {score_file(reward, file, output)} rows")
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def bon(
     context: Context,
     config: Config = None,
@@ -144,7 +145,7 @@ def optimise(
     run_stage("optimise", config, [*words, f"optimise.method={method}"])
 
 
-@app.command("eval", context_settings=PASS_ON)
+@app.command("eval", **WORDS)
 def evaluate(
     context: Context,
     config: Config = None,
