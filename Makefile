@@ -17,14 +17,18 @@ INTEROP := .venv-interop
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("irlign needs Python 3.11 or later: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
-	@echo "Setting up $(VENV): some minutes, and about 2 GB with torch"
+	@$(PYTHON) -c 'import sys; sys.exit("irlign needs Python 3.11 or later: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	@echo "Setting up $(VENV): $(QUIETLY)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# pip shows nothing meanwhile; where torch comes with CUDA it is several GB.
+QUIETLY := pip downloads and installs torch and the rest, silently: some minutes, 2 GB of disk or more
+
 # The same set-up, from files whose hashes are known and from no other: for Linux and Python 3.11, with torch's CPU build, which has to be within pip's reach.
 setup-hashed:
+	@echo "Setting up $(VENV): $(QUIETLY)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes --requirement requirements-hashed.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .

@@ -70,6 +70,24 @@ def test_the_recipe_itself_runs(capsys, recipe, tmp_path):
     assert (tmp_path / "out/report.html").read_text().count("<script") == 1
 
 
+@pytest.mark.parametrize("verb", ["run", "validate", "plan", "sft", "bon", "eval", "optimise distill"])
+def test_a_bare_first_word_is_the_recipe(capsys, recipe, tmp_path, verb):
+    words = verb.split()
+    for suffix in ("yaml", "yml", "json"):
+        bad = tmp_path / f"bad.{suffix}"
+        bad.write_text(json.dumps({**yaml.safe_load(recipe.read_text()), "lucky": 1}))
+        code, _, err = _run(capsys, *words, bad, "seed=1")
+        assert code == 2 and f"bad.{suffix}:1: unknown key lucky" in err, err
+    code, _, err = _run(capsys, *words, tmp_path / "recip.yaml")
+    assert code == 2 and f"no such recipe\n  did you mean {recipe}" in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_forms_of_naming_a_recipe_read_it(capsys, recipe):
+    bare, named = _run(capsys, "validate", recipe, "seed=1"), _run(capsys, "validate", "seed=1", "--config", recipe)
+    assert bare == named and bare[0] == 0 and bare != _run(capsys, "validate", recipe, "seed=2")
+
+
 def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     code, _, err = _run(capsys, "optimise", "sorcery", "--config", recipe)
     assert (
@@ -78,9 +96,11 @@ def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
         in err
     )
     assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
-    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe)[0] == 0
+    twice = _lines(tmp_path / "twice.jsonl", [*GOOD, *({**row, "completion": " a bird sat."} for row in GOOD)])
+    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe, f"dataset_name={twice}")[0] == 0
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
-    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "too few for a judge" in choice["why"]
+    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "1 dev prompts with a demonstration are" in choice["why"]
+    assert choice["demonstrations"] == 2
     assert _run(capsys, "optimise", "none", tmp_path / "out")[0] == 0 and not (tmp_path / "out/optimise").exists()
 
 
@@ -119,7 +139,7 @@ BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
     "no override": (["fast"], "'fast' is no override\n  write key=value"),
-    "a recipe without its option": (["mine.yaml"], "'mine.yaml' is no override\n  a recipe follows --config: --config mine.yaml"),
+    "a second recipe": (["mine.yaml"], "'mine.yaml' is no override\n  a recipe is the first word, or follows --config: --config mine.yaml"),
     "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
@@ -134,6 +154,15 @@ BAD_KEYS = {
     "an unknown engine": (["sampling.engine=warp"], "no engine 'warp'"),
     "a golden reward that is not there": (["evaluation.golden_reward=nothing:here"], "cannot be imported"),
 }
+
+
+def test_a_missing_chat_template_is_that_of_the_model_that_was_given(capsys, recipe, tmp_path, model):
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " ran."}]
+    talk = _lines(tmp_path / "talk.jsonl", [{"messages": turns}, *GOOD])
+    for verb in ("validate", "run"):
+        code, _, err = _run(capsys, verb, recipe, f"dataset_name={talk}")
+        assert code == 1 and err.startswith(f"irlign: {model}: the data holds conversations"), err
+        assert "data.chat_template=chatml, hh, or the path" in err and "policies/init" not in err, err
 
 
 def test_the_budget_is_an_option_of_bon(capsys, recipe):
@@ -301,6 +330,8 @@ def test_env_schema_and_help(capsys):
         verb in text
         for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "optimise", "eval", "report", "plan", "env", "schema")
     )
+    for verb in ("run", "validate", "plan", "sft", "bon", "eval", "report"):
+        assert f"irlign {verb} [RECIPE | RUN] [KEY=VALUE]... [OPTIONS]\n" in _run(capsys, verb, "--help")[1]
 
 
 def test_model_output_is_escaped(capsys, recipe, tmp_path):

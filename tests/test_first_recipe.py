@@ -70,6 +70,30 @@ def test_at_a_terminal_it_asks_what_is_open(capsys, monkeypatch, tmp_path):
     assert recipe.evaluation.golden_reward == "mine:golden"
 
 
+def test_a_wrong_answer_is_said_and_asked_again(capsys, monkeypatch, tmp_path):
+    answers = "both\nweights\nmy-model\ndata.jsonl\n\nchatm\nchatml\nmaybe\nyes\ndistil\ndistill\n\n\n"
+    monkeypatch.setattr(sys, "stdin", _Terminal(answers))
+    code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml")
+    recipe = load_recipe(Recipe, tmp_path / "mine.yaml")
+    assert code == 0 and (recipe.data.chat_template, recipe.reward.use_peft, recipe.optimise.method) == ("chatml", True, "distill"), err
+    for said in ("no start from 'both': answer weights or samples", "no chat template 'chatm'", "got 'maybe'", "got 'distil'"):
+        assert out.count(said) == 1, out
+    assert out.count("What you have") == out.count("Chat template") == out.count("Last step") == 2 and out.count("Folder of the run") == 1
+
+
+def test_samples_are_asked_about_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", _Terminal("samples\nold.jsonl\nnew.jsonl\n\nsft\nwords\n\nruns/x\n"))
+    code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml")
+    assert code == 0 and "pools needs reward.backbone" in out, err
+    assert load_recipe(Recipe, tmp_path / "mine.yaml").pools.sft == "new.jsonl"
+
+
+def test_a_wrong_key_is_told_before_anything_is_asked(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", _Terminal(""))
+    code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml", "model_name_or_path=m", "optimise.method=sorcery")
+    assert code == 2 and "got 'sorcery'" in err and not out
+
+
 @pytest.mark.parametrize("source", STARTS)
 def test_what_is_missing_is_said_and_marked(tmp_path, source):
     path, first = tmp_path / "r.yaml", STARTS[source].needed[0]

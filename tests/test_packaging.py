@@ -1,9 +1,13 @@
 """What a wheel and an sdist would hold, without building one: data files, one version, the pins of the documentation."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 import irlign
 
@@ -17,6 +21,14 @@ def test_every_file_of_the_package_is_in_the_wheel():
     data = PROJECT["tool"]["setuptools"]["package-data"]["irlign"]
     assert {name for name in found if not name.endswith(".py")} == {name for name in found if any(fnmatch(name, of) for of in data)}
     assert all((package / name).parent.joinpath("__init__.py").is_file() for name in found if name.endswith(".py"))
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("target", ["setup", "setup-hashed"])
+def test_the_set_up_says_that_it_takes_minutes_before_it_does(tmp_path, target):
+    command = ["make", "--dry-run", target, f"VENV={tmp_path}/venv"]
+    steps = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "minutes" in steps and steps.index("minutes") < steps.index("-m venv") < steps.index("pip install")
 
 
 def test_there_is_one_version():

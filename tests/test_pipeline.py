@@ -252,6 +252,19 @@ def test_run_takes_the_recipe_of_the_run_directory(copied):
     assert _manifest(copied) == stages
 
 
+def test_a_finished_stage_says_what_it_came_to(copied, capsys, monkeypatch):
+    monkeypatch.delenv("IRLIGN_QUIET")
+    results, choice = (json.loads((copied / f"{file}.json").read_text()) for file in ("evaluation/results", "best_of_n/choice"))
+    for stage in ("bon", "optimise", "eval"):
+        run_stage(stage, None, [f"output_dir={copied}"])
+        said = capsys.readouterr().err.splitlines()
+        lines = said[said.index(f"{stage}: complete, nothing has changed") + 1 :]
+        alarms = [f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"]]
+        wanted = {"bon": [f"{choice['reward']}, n = {choice['n']}: {choice['why']}"], "eval": [*results["headline"], *alarms]}
+        wanted["optimise"] = [f"{results['optimise']['published']} is published: {results['optimise']['why']}"]
+        assert lines == [f"{stage}: {line}" for line in wanted[stage]]
+
+
 def test_one_stage_by_itself_takes_the_recipe_of_the_run(copied):
     run_stage("reward", None, [f"output_dir={copied}", "reward.loss=bradley-terry"])
     stages = _manifest(copied)

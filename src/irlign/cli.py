@@ -21,8 +21,17 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # typer turns a KeyboardInterrupt into an exit with this code
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML)")]
+Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML); as the first word it needs no --config")]
 Context = typer.Context
+WORDS: dict[str, Any] = {"context_settings": PASS_ON, "options_metavar": "[RECIPE | RUN] [KEY=VALUE]... [OPTIONS]"}
+RECIPES = (".yaml", ".yml", ".json")  # a bare first word that ends so is a recipe
+
+
+def _given(context: Context, config: str | None) -> tuple[str | None, list[str]]:
+    """The recipe, from --config or as a bare first word, and the overrides."""
+    words = _overrides(context)
+    bare = config is None and bool(words) and not words[0].startswith("-") and "=" not in words[0]
+    return (words[0], words[1:]) if bare and Path(words[0]).suffix in RECIPES else (config, words)
 
 
 def _overrides(context: Context) -> list[str]:
@@ -31,12 +40,12 @@ def _overrides(context: Context) -> list[str]:
     return [f"output_dir={word}" if (Path(word) / "manifest.json").is_file() else word for word in words]
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def run(context: Context, config: Config = None) -> None:
     """The whole chain, from demonstrations to the report; finished stages are skipped."""
     from irlign.pipeline import run as run_chain
 
-    results = run_chain(config, _overrides(context))
+    results = run_chain(*_given(context, config))
     for line in results["headline"]:
         typer.echo(line)
 
@@ -53,18 +62,18 @@ def init(context: Context, file: Annotated[str, typer.Argument(help="the recipe 
         typer.echo(line)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def validate(context: Context, config: Config = None) -> None:
     """Look at the data before any compute: rows, lengths, cuts, EOS, overlap, a decoded example with its loss mask."""
     from irlign.inputs import validate as check
 
-    text, problem = check(config, _overrides(context))
+    text, problem = check(*_given(context, config))
     typer.echo(text)
     if problem is not None:
         raise problem
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def plan(
     context: Context,
     config: Config = None,
@@ -76,12 +85,8 @@ def plan(
     """What a RECIPE will cost before any compute: tokens, FLOPs, time, memory, disk of every stage. Loads no weights."""
     from irlign.plan import plan as plan_run
 
-    words = context.args
-    if config is None and words and "=" not in words[0] and Path(words[0]).suffix in (".yaml", ".yml"):
-        config, words = words[0], words[1:]
-    context.args = words
-    given: dict[str, Any] = {"flops": flops, "prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
-    typer.echo(plan_run(config, _overrides(context), **given))
+    about: dict[str, Any] = {"flops": flops, "prompts": prompts, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
+    typer.echo(plan_run(*_given(context, config), **about))
 
 
 def _ask(question: str, default: str) -> str:
@@ -94,9 +99,9 @@ def _stage(name: str, text: str) -> None:
     def verb(context: Context, config: Config = None) -> None:
         from irlign.pipeline import run_stage
 
-        run_stage(name, config, _overrides(context))
+        run_stage(name, *_given(context, config))
 
-    app.command(name, context_settings=PASS_ON, help=text)(verb)
+    app.command(name, help=text, **WORDS)(verb)
 
 
 _stage("sft", "Fine-tune on the demonstrations: policies/sft.")
@@ -112,7 +117,7 @@ def score(reward: str, file: str, output: str) -> None:
     typer.echo(f"{output}: {score_file(reward, file, output)} rows")
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(**WORDS)
 def bon(
     context: Context,
     config: Config = None,
@@ -121,7 +126,8 @@ def bon(
     """Best-of-N: score the candidates and select: best_of_n/."""
     from irlign.pipeline import run_stage
 
-    run_stage("bon", config, [*_overrides(context), *([] if budget is None else [f"best_of_n.budget={budget}"])])
+    config, words = _given(context, config)
+    run_stage("bon", config, [*words, *([] if budget is None else [f"best_of_n.budget={budget}"])])
 
 
 @app.command(context_settings=PASS_ON)
@@ -135,10 +141,11 @@ def optimise(
     """From the reward to a policy that needs none at inference: policies/aligned."""
     from irlign.pipeline import run_stage
 
-    run_stage("optimise", config, [*_overrides(context), f"optimise.method={method}"])
+    config, words = _given(context, config)
+    run_stage("optimise", config, [*words, f"optimise.method={method}"])
 
 
-@app.command("eval", context_settings=PASS_ON)
+@app.command("eval", **WORDS)
 def evaluate(
     context: Context,
     config: Config = None,
@@ -155,10 +162,10 @@ def evaluate(
     """Measure on the test prompts: evaluation/results.json."""
     from irlign.pipeline import run_stage
 
-    given: dict[str, Any] = {"judge.base_url": judge, "judge.model": judge_model, "reward_bench": reward_bench}
-    given |= {"lm_eval.tasks": lm_eval.split(",") if lm_eval else None, "other_golden_rewards": golden}
-    words = [f"evaluation.{key}={_yaml(value)}" for key, value in given.items() if value]
-    run_stage("eval", config, [*_overrides(context), *words])
+    asked: dict[str, Any] = {"judge.base_url": judge, "judge.model": judge_model, "reward_bench": reward_bench}
+    asked |= {"lm_eval.tasks": lm_eval.split(",") if lm_eval else None, "other_golden_rewards": golden}
+    config, words = _given(context, config)
+    run_stage("eval", config, [*words, *(f"evaluation.{key}={_yaml(value)}" for key, value in asked.items() if value)])
 
 
 def _yaml(value: str | list[str]) -> str:

@@ -186,7 +186,7 @@ def parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterato
             text = item if lone else f"{item} {value}"
         elif not equals:
             do = "write key=value, for example sft.learning_rate=1e-4, or a run's folder"
-            do = f"a recipe follows --config: --config {item}" if item.endswith((".yaml", ".yml")) else do
+            do = f"a recipe is the first word, or follows --config: --config {item}" if item.endswith((".yaml", ".yml")) else do
             raise ConfigError(f"{item!r} is no override", do=do)
         name = tuple(key.removeprefix("--").replace("-", "_").split("."))
         yield text, _full_key(model, name, text), _parse_value(value, text)

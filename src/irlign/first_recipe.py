@@ -74,7 +74,8 @@ def write_recipe(path: Path, overrides: Sequence[str] = (), ask: Ask | None = No
     """Write a commented recipe to `path` from `key=value` texts and the answers of `ask` to what they leave open; without `ask` it is
     left at its default. Returns the needed keys that still have no value.
 
-    Raises ConfigError where the file exists, and for every mistake that a recipe can have; nothing is written then.
+    Raises ConfigError where the file exists, and for every mistake that a recipe can have; nothing is written then. A mistake in an answer
+    is said and the question asked again.
     """
     if path.exists():
         raise ConfigError("is there already", where=path, do="give another name, or delete it first")
@@ -82,10 +83,8 @@ def write_recipe(path: Path, overrides: Sequence[str] = (), ask: Ask | None = No
     if any(key.split(".")[0] == "world" for key in known):
         raise ConfigError("a world makes its own model and data", where="world", do="start from recipes/quickstart.yaml")
     start = STARTS[_source(known, ask)]
-    texts = [*start.settled, *overrides, *_answers(start, known, ask)]
-    given = {".".join(key): value for _, key, value in parse_overrides(Recipe, texts)}
-    missing = [key for key in start.needed if key not in given]
-    resolved = load_recipe(Recipe, None, [*texts, *(f"{key}={key}.jsonl" for key in missing)]).model_dump(mode="json")
+    texts = _answered(start, [*start.settled, *overrides], known, ask)
+    given, missing, resolved = _resolved(start, texts)
     keys = [*start.needed, *(key for question in start.questions for key in question.keys.split()), *start.shown.split(), *given]
     if "sft_model_name_or_path" in given:  # no settings of a stage that is left out
         keys = [key for key in keys if not key.startswith("sft.") or key in known]
@@ -94,7 +93,7 @@ def write_recipe(path: Path, overrides: Sequence[str] = (), ask: Ask | None = No
         told = given.get(key) if key == TEMPLATE else None  # resolved, a template's file has become its text
         assign(values, tuple(key.split(".")), None if key in missing else told or _at(resolved, key))
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# irlign validate --config {path}, then irlign plan and irlign run. `irlign schema` lists every key.\n"
+    head = f"# irlign validate --config {path}, then irlign plan and irlign run, each with the same --config. `irlign schema` lists every key.\n"
     path.write_text(head + "\n".join(_lines(Recipe, values, missing)) + "\n", encoding="utf-8")
     return missing
 
@@ -103,20 +102,42 @@ def _source(known: set[str], ask: Ask | None) -> str:
     """Which way to begin: what the given keys say, else the answer; by default `weights`."""
     if known or ask is None:
         return "samples" if any(key.split(".")[0] == "pools" for key in known) else "weights"
-    source = ask("What you have: weights (a model and demonstrations) or samples (stored answers of two policies)", "weights")
-    if source not in STARTS:
-        raise ConfigError(f"no start from {source!r}", do=f"answer {' or '.join(STARTS)}")
+    words = asked = "What you have: weights (a model and demonstrations) or samples (stored answers of two policies)"
+    while (source := ask(words, "weights")) not in STARTS:
+        words = f"no start from {source!r}: answer {' or '.join(STARTS)}\n{asked}"
     return source
 
 
-def _answers(start: Start, known: set[str], ask: Ask | None) -> list[str]:
-    """The answers as `key=value` texts; a question all of whose keys are known is not asked, an empty answer is none."""
-    found = []
+def _answered(start: Start, texts: Sequence[str], known: set[str], ask: Ask | None) -> list[str]:
+    """`texts` and the answers, as `key=value` texts; a question all of whose keys are known is not asked, an empty answer is none."""
+    found = {key: question.default for question in start.questions for key in question.keys.split() if key not in known}
+    if ask is None:
+        return [*texts, *_words(found)]
+    _resolved(start, [*texts, *_words(found)])  # what is given is right before anything is asked
     for question in start.questions:
-        open_keys = [key for key in question.keys.split() if key not in known]
-        answer = ask(question.words, question.default) if ask and open_keys else question.default
-        found += [f"{key}={answer}" for key in open_keys if answer.strip()]
-    return found
+        keys, words = [key for key in question.keys.split() if key in found], question.words
+        while keys:
+            answer = ask(words, question.default)
+            try:
+                _resolved(start, [*texts, *_words(found | {keys[0]: answer})])
+            except ConfigError as error:
+                words = f"{error}\n{question.words}"
+            else:
+                found |= dict.fromkeys(keys, answer)
+                break
+    return [*texts, *_words(found)]
+
+
+def _words(answers: Mapping[str, str]) -> list[str]:
+    return [f"{key}={answer}" for key, answer in answers.items() if answer.strip()]
+
+
+def _resolved(start: Start, texts: Sequence[str]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """What `key=value` texts give by key, the needed keys that they leave out, and the whole recipe with something in their place."""
+    given = {".".join(key): value for _, key, value in parse_overrides(Recipe, texts)}
+    missing = [key for key in start.needed if key not in given]
+    recipe = load_recipe(Recipe, None, [*texts, *(f"{key}={key}.jsonl" for key in missing)])
+    return given, missing, recipe.model_dump(mode="json")
 
 
 def _at(values: Any, key: str) -> Any:

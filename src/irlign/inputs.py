@@ -49,7 +49,9 @@ def format_of(recipe: Recipe, model: str | None) -> tuple[Any, int]:
         context = recipe.pretrain.max_position_embeddings
         template = recipe.world.chat_template if recipe.data.chat_template == "auto" else recipe.data.chat_template
         return Format(word_tokenizer(recipe.world.vocabulary(), context), template), context
-    return Format(load_tokenizer(str(model)), recipe.data.chat_template), context_length(load_config(str(model)))
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.name_or_path = recipe.model_name_or_path or str(model)  # errors name the model that was given, not the run's copy of it
+    return Format(tokenizer, recipe.data.chat_template), context_length(load_config(str(model)))
 
 
 def validate(config: str | Path | Mapping[str, Any] | Recipe | None = None, overrides: Sequence[str] = ()) -> tuple[str, DataError | None]:

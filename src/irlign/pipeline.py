@@ -4,7 +4,7 @@
 
 With stored samples (`pools`) the chain is data -> sample (the files become the pools) -> reward -> bon -> eval -> report.
 Stages meet only through files of the run directory (docs/run_directory.md). A finished stage whose settings and inputs
-have not changed is skipped; a changed one runs again, and so does what follows from it.
+have not changed is skipped, and says what it came to all the same; a changed one runs again, and so does what follows from it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -240,7 +240,7 @@ def bon(recipe: Recipe, run: Run) -> None:
         verdicts = judge_pool(source.reads, pool, initial, [] if no_judge else shown, chat_template=recipe.data.chat_template)
         rows = candidate_rows(pool, {**scores, "length": length(*texts)}, verdicts.logits, verdicts.style)
         about: dict[str, Any] = {"judge_auc": verdicts.auc, "kept": source.kept, "no_judge": no_judge}
-        choice = choice_of(rows, selectors, settings.n, demonstrations=len(shown), **about)
+        choice = choice_of(rows, selectors, settings.n, demonstrations=shown, **about)
         guard_n(choice, settings.force)
         used, choice["adaptive"] = answers_used(rows, choice, settings.budget)
         selected = select(rows, choice["reward"], used)
@@ -249,9 +249,6 @@ def bon(recipe: Recipe, run: Run) -> None:
         write_table(folder / "best_of_n/candidates.parquet", rows)
         write_rows(folder / "best_of_n/selected.jsonl", selected)
         write_json(folder / "best_of_n/choice.json", choice)
-        say(f"bon: {choice['reward']}, n = {choice['n']}: {choice['why']}")
-        if choice["adaptive"]:
-            say("bon: of these a prompt uses " + ", ".join(f"{n:.2f} on {split}" for split, n in choice["adaptive"]["n"].items()))
         return {"candidates": len(rows), "selected": len(selected), **{key: choice[key] for key in ("reward", "n", "why")}}
 
     stated = {"n": settings.n, "budget": settings.budget, "selectors": selectors, "likelihood": settings.likelihood, "judge": JUDGE}
@@ -264,6 +261,10 @@ def bon(recipe: Recipe, run: Run) -> None:
         | (_policies(recipe, "init") or {"backbone": str(source.reads)}),
         outputs=["best_of_n", *([f"rewards/{selectors[0]}"] if settings.likelihood else [])],
     )
+    choice = read_json(run.path("best_of_n/choice.json"))
+    say(f"bon: {choice['reward']}, n = {choice['n']}: {choice['why']}")
+    if choice["adaptive"]:
+        say("bon: of these a prompt uses " + ", ".join(f"{n:.2f} on {split}" for split, n in choice["adaptive"]["n"].items()))
 
 
 def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
@@ -286,7 +287,6 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
 
         own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood
         choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, *own), __version__)
-        say(f"{stage}: {choice['published']} is published: {choice['why']}")
         return {key: choice[key] for key in ("method", "published", "why")}
 
     run.do(
@@ -308,6 +308,8 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         | backbone,
         outputs=[f"policies/{name}", f"pools/{name}.parquet", stage],
     )
+    choice = read_json(run.path(stage, "choice.json"))
+    say(f"{stage}: {choice['published']} is published: {choice['why']}")
 
 
 def evaluate(recipe: Recipe, run: Run) -> None:
@@ -331,8 +333,6 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         results, rows = measure(run, recipe.reward.name, golden, name, recipe.evaluation, about, bool(aligned), better, more)
         write_json(folder / "evaluation/results.json", results)
         write_table(folder / "evaluation/prompts.parquet", rows)
-        for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
-            say(f"eval: {line}")
         return {"headline": results["headline"]}
 
     run.do(
@@ -349,6 +349,9 @@ def evaluate(recipe: Recipe, run: Run) -> None:
         },
         outputs=["evaluation"],
     )
+    results = read_json(run.path("evaluation/results.json"))
+    for line in [*results["headline"], *(f"ALARM, {a['name']}: {a['seen']}. {a['do']}" for a in results["alarms"])]:
+        say(f"eval: {line}")
 
 
 def report(recipe: Recipe, run: Run) -> None:

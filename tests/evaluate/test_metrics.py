@@ -110,6 +110,9 @@ def test_the_headline_says_what_the_numbers_say():
     assert headline(_results((1, 1, 1, 1)))[0].startswith("Best-of-4 is not shown to beat SFT: +0.00")
     none = headline(_results(None))
     assert none[0] == "There is no golden reward, so whether Best-of-4 beats SFT is not shown here." and "100%" in none[1]
+    judged = _results(None)
+    judged["heldout"]["judge"] = {"4": {"mean": 0.5, "ci95": [0.4, 0.6], "prompts": 30}}
+    assert "puts the answers of Best-of-4 +0.50 [0.40, 0.60] standard deviations from SFT's, on 30" in headline(judged)[1]
 
 
 @pytest.mark.parametrize(

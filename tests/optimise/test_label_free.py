@@ -161,6 +161,10 @@ def test_at_most_so_many_samples_of_a_prompt_train_the_judge():
     assert answers.of({"p"})[:, 0].tolist() == list(range(SAMPLES)) and len(answers.of({"p", "q"})) == SAMPLES + 3
 
 
+def _shown(number, prompts):
+    return [Demonstration(Prompt.of(f"ask {i % prompts}", "dev"), f" answer {i}.") for i in range(number)]
+
+
 def _rows(judged, logprob=None):
     return [
         {
@@ -175,7 +179,7 @@ def _rows(judged, logprob=None):
 
 
 def test_choice_json():
-    about = {"demonstrations": 30, "judge_auc": 0.8}
+    about = {"demonstrations": _shown(30, 30), "judge_auc": 0.8}
     up = choice_of(_rows(float), ["r"], None, **about)
     assert (up["n"], up["label_free"], up["prompts"], up["auc"]) == (4, 4, 4, 0.8) and set(up["curves"]["r"]) == {"1", "2", "4"}
     assert up["why"].startswith("the best lower bound") and not any(of["likelier"] for of in up["curves"]["r"].values())
@@ -189,13 +193,10 @@ def test_choice_json():
     assert down["n"] == 1 and "SFT is kept" in down["why"]
     given = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)
     assert (given["n"], given["label_free"]) == (3, 1) and "the judge would take 1" in given["why"]
-    few = choice_of(_rows(lambda i: None), ["r"], None, demonstrations=3, judge_auc=None)
-    assert (few["n"], few["label_free"], few["curves"]) == (
-        1,
-        None,
-        None,
-    ) and f"3 held-out demonstrations are too few for a judge ({FEWEST}" in few["why"]
-    assert choice_of(_rows(lambda i: None), ["r"], 2, demonstrations=3, judge_auc=None)["n"] == 2
+    few = choice_of(_rows(lambda i: None), ["r"], None, demonstrations=_shown(25, 3), judge_auc=None)
+    assert (few["n"], few["label_free"], few["curves"], few["demonstrations"]) == (1, None, None, 25)
+    assert few["why"] == f"3 dev prompts with a demonstration are too few for a judge ({FEWEST} are needed), so SFT is kept"
+    assert choice_of(_rows(lambda i: None), ["r"], 2, demonstrations=_shown(3, 3), judge_auc=None)["n"] == 2
 
 
 def test_too_few_demonstrations_load_no_model(tmp_path):
@@ -203,7 +204,7 @@ def test_too_few_demonstrations_load_no_model(tmp_path):
 
 
 def test_an_n_above_the_judges_needs_force():
-    about = {"demonstrations": 30, "judge_auc": 0.8}
+    about = {"demonstrations": _shown(30, 30), "judge_auc": 0.8}
     high = choice_of(_rows(lambda i: -float(i)), ["r"], 3, **about)
     with pytest.raises(
         ConfigError, match=r"n = 3 is more than the judge of held-out demonstrations would take, 1; its gains: 2: -"
@@ -212,4 +213,6 @@ def test_an_n_above_the_judges_needs_force():
     assert "--force" in str(error.value)
     guard_n(high, True)
     guard_n(choice_of(_rows(float), ["r"], 3, **about), False)  # the judge would take 4
-    guard_n(choice_of(_rows(lambda i: None), ["r"], 3, demonstrations=3, judge_auc=None), False)  # nothing says that it is too many
+    guard_n(
+        choice_of(_rows(lambda i: None), ["r"], 3, demonstrations=_shown(3, 3), judge_auc=None), False
+    )  # nothing says that it is too many

@@ -139,7 +139,7 @@ def _without_golden(results: Mapping[str, Any], n: int, how: str) -> list[str]:
     if judged and n > 1:
         gain = judged[str(n)]
         lines.append(
-            f"A judge of held-out demonstrations puts its answers {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
+            f"A judge of held-out demonstrations puts the answers of Best-of-{n} {gain['mean']:+.2f} {_ci(gain['ci95'])} standard "
             f"deviations from {'SFT' if base_of(results)[0] == 'sft' else 'the candidates'}'s, on {gain['prompts']} test prompts."
         )
     lines.append(

@@ -15,7 +15,7 @@ from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
-from irlign.optimise.label_free import FEWEST, judge_pool
+from irlign.optimise.label_free import judge_pool, prompts_shown, too_few
 from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config, rewarded
 from irlign.optimise.rounds import keep_rewards, refresh
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
@@ -53,7 +53,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
     rows = read_table(work.run.path("best_of_n/candidates.parquet"), split="dev")
     shown, reward = stored_demonstrations(work.run, "dev"), work.reward if rewarded(work.settings.method) else None
     if not rows or rows[0]["judge"] is None:
-        choice = choice_of([], {}, f"{len(shown)} held-out demonstrations are too few for a judge ({FEWEST} are needed)")
+        choice = choice_of([], {}, too_few(prompts_shown(shown)))
     else:
         sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
         choice = _rounds(work, sft, shown, version)

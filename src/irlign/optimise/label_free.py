@@ -195,7 +195,7 @@ def judge_pool(
     `auc` says how well it tells unseen demonstrations from both worse sides (the mean of the two AUCs on the dev prompts). `style` is the logit
     of a head that tells demonstrations of other prompts from pi_0's samples, cross-fitted alike: how an answer is written, whatever was asked.
     """
-    if len({d.prompt.prompt_id for d in demonstrations}) < FEWEST:
+    if prompts_shown(demonstrations) < FEWEST:
         return Verdicts(None, None, None)
     about: dict[str, Any] = {
         "chat_template": chat_template,
@@ -242,7 +242,7 @@ def choice_of(
     rewards: Sequence[str],
     given: int | None,
     *,
-    demonstrations: int,
+    demonstrations: Sequence[Demonstration],
     judge_auc: float | None,
     kept: str = "SFT",
     no_judge: str = "",
@@ -253,9 +253,9 @@ def choice_of(
     `no_judge` why there is no judge where that is not for want of demonstrations.
     """
     dev = [row for row in rows if row["split"] == "dev" and row["judge"] is not None]
-    about: dict[str, Any] = {"auc": judge_auc, "demonstrations": demonstrations, "given": given}
+    about: dict[str, Any] = {"auc": judge_auc, "demonstrations": len(demonstrations), "given": given}
     if not dev:
-        why = no_judge or f"{demonstrations} held-out demonstrations are too few for a judge ({FEWEST} are needed)"
+        why = no_judge or too_few(prompts_shown(demonstrations))
         about |= {"reward": rewards[0], "label_free": None, "curves": None, "prompts": 0}
         shown = "given by best_of_n.n; no judge says whether it is better"
         return {**about, "n": given or 1, "why": shown if given else f"{why}, so {kept} is kept"}
@@ -289,14 +289,21 @@ def _curve_json(curve: Curve) -> dict[str, dict[str, Any]]:
     return {str(n): {"mean": float(mean), "low": float(low), "likelier": bool(likelier)} for n, mean, low, likelier in points}
 
 
+def prompts_shown(demonstrations: Sequence[Demonstration]) -> int:
+    """The prompts that the judge learns from: several demonstrations of one prompt count once."""
+    return len({d.prompt.prompt_id for d in demonstrations})
+
+
+def too_few(prompts: int) -> str:
+    """Why there is no judge where dev demonstrates so many prompts."""
+    return f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed)"
+
+
 def without_judge(prompts: int) -> str:
     """What a run with so many dev prompts with a demonstration must come to, said before any compute; empty where they make a judge."""
     if prompts >= FEWEST:
         return ""
-    return (
-        f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed), so plain SFT is kept "
-        "(an n of your own is taken unjudged). Raise data.dev_fraction, or bring more prompts"
-    )
+    return f"{too_few(prompts)}, so plain SFT is kept (an n of your own is taken unjudged). Raise data.dev_fraction, or bring more prompts"
 
 
 def guard_n(choice: Mapping[str, Any], force: bool) -> None:

@@ -169,7 +169,10 @@ def _install_peft(error: BaseException) -> str | None:
 
 
 def _no_folder(path: str) -> str | None:
-    return None if Path(path).is_dir() else "no folder has this name, so it was asked of the Hub: check the path, or the id and the network"
+    if Path(path).is_dir():
+        return None
+    asked = "no folder has this name, so it was asked of the Hub: check the path, or the id and the network"
+    return f"{asked}. HF_HUB_OFFLINE=1 asks only what was downloaded before, and so answers at once"
 
 
 def _first_line(error: BaseException) -> str:
