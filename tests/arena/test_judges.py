@@ -11,6 +11,7 @@ from irlign.arena.judges import (
     STOPPING,
     WAYS,
     _repeated,
+    gains_no_less,
     gao,
     highest,
     likelier_not_beaten,
@@ -42,6 +43,7 @@ def test_the_rules_by_hand():
     assert {likelier_not_beaten(of) for of in (rising, level)} == {2}
     likelier = np.array([False, False, True])
     assert {likelier_not_beaten(of._replace(likelier=likelier)) for of in (rising, level)} == {4}
+    assert [gains_no_less(of._replace(likelier=likelier)) for of in (rising, level)] == [4, 2]
     assert (one_error(rising), simplest(rising)) == (2, 2)  # 1.1 - 0.2 / sqrt(3) = 0.98; 0.1 is within 0.12
     steep = curve((1.0, 0.0), (1.2, 0.2))
     assert (one_error(steep), simplest(steep)) == (4, 4)  # 1.2 - 0.12 = 1.08; 0.2 is not within 0.12

@@ -87,23 +87,27 @@ def test_the_bounds_by_hand():
 def curve(*points, likelier=False):
     """Each point: a gain over three prompts, as a mean and a spread."""
     gains = np.stack([np.zeros(3), *(mean + spread * np.array([-1, 0, 1.0]) for mean, spread in points)], axis=1)
-    return Curve([1, 2, 4][: gains.shape[1]], gains, np.full(gains.shape[1], likelier))
+    return Curve([1, 2, 4, 8][: gains.shape[1]], gains, np.full(gains.shape[1], likelier))
 
 
 def test_the_choice_by_hand():
-    """One that is not shown is not taken, however high. Where picks are likely the largest n that gains no less, else the best bound."""
+    """One that is not shown is not taken, however high. Where picks are likely the largest n that is not beaten, else the best bound."""
     unshown = (1, 0), (2, 2)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
     assert choose_n(curve(*unshown)) == choose_n(curve(*unshown, likelier=True)) == 2
-    rising = (1, 0), (1.1, 0.2)  # its bound is 1.1 - 1.64 * 0.2 / sqrt(3) = 0.91
-    assert (choose_n(curve(*rising)), choose_n(curve(*rising, likelier=True))) == (2, 4)
-    for lower in (0.9, 0.8):  # not shown to be beaten, since 1 - 0.9 is less than 0.19; and shown to be
-        assert choose_n(curve((1, 0), (lower, 0.2))) == choose_n(curve((1, 0), (lower, 0.2), likelier=True)) == 2
+    level = (1, 0), (0.9, 0.2)  # 1 - 0.9 is less than 1.64 * 0.2 / sqrt(3) = 0.19
+    assert (choose_n(curve(*level)), choose_n(curve(*level, likelier=True))) == (2, 4)
+    fallen = (1, 0), (0.8, 0.2)
+    assert choose_n(curve(*fallen)) == choose_n(curve(*fallen, likelier=True)) == 2
     lost = (-1, 0), (-0.9, 0.2)
     assert choose_n(curve(*lost)) == choose_n(curve(*lost, likelier=True)) == 1
     drifts = curve((1, 0), (1.1, 0.2))._replace(likelier=np.array([False, True, False]))
     assert choose_n(drifts) == 2  # at n = 4 the picks have left what pi_SFT knows
     assert choose_n(drifts._replace(likelier=~drifts.likelier)) == 4
     assert choose_n(curve((1, 0), (2, 0.2))._replace(likelier=drifts.likelier)) == 4  # and what is shown for sure may be taken all the same
+    longer = curve((1, 0), (1.1, 0.2), (1.2, 0.4))
+    on_the_way = [(True, True, 8), (True, False, 4), (False, True, 2), (False, False, 2)]  # at 4 and at 8; a gap on the way ends it
+    for at_4, at_8, n in on_the_way:
+        assert choose_n(longer._replace(likelier=np.array([False, False, at_4, at_8]))) == n
 
 
 def test_more_looks_ask_for_more():

@@ -16,7 +16,7 @@ from irlign.arena.cell import Cell, golden_of
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
 from irlign.evaluate.golden import score_golden
 from irlign.evaluate.overoptimisation import fit_gao
-from irlign.optimise.label_free import Answers, Curve, choose_n, judge, lower_bounds, shown, sides_of
+from irlign.optimise.label_free import Answers, Curve, beaten, choose_n, judge, lower_bounds, shown, sides_of
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
@@ -98,17 +98,22 @@ def simplest(curve: Curve) -> int:
     return curve.n[near[0]] if near else 1
 
 
-def not_beaten(curve: Curve) -> int:
-    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat, however likely its picks and whatever it
-    gains."""
-    good = [k for k in np.flatnonzero(shown(curve.gains)) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
-    return curve.n[max(good, default=0)]
+def not_beaten(curve: Curve, where: np.ndarray | None = None) -> int:
+    """The largest n that is shown to be better than n = 1 and that no smaller n is shown to beat, of those `where` says, however likely its
+    picks."""
+    among = shown(curve.gains) & (True if where is None else where)
+    return curve.n[max((int(k) for k in np.flatnonzero(among) if not beaten(curve, int(k))), default=0)]
 
 
 def likelier_not_beaten(curve: Curve) -> int:
-    """`choose_n` as it was once: the best lower bound, or the largest n not beaten whose picks are likelier, even where it gains less."""
-    good = [k for k in np.flatnonzero(shown(curve.gains) & curve.likelier) if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
-    return max([lower_bound(curve), *(curve.n[k] for k in good)])
+    """The best lower bound, or a larger n not beaten whose picks are likelier, whatever lies between."""
+    return max(lower_bound(curve), not_beaten(curve, curve.likelier))
+
+
+def gains_no_less(curve: Curve) -> int:
+    """The same, where its mean is not below that of the best lower bound."""
+    mean_n = curve.gains.mean(0)
+    return max(lower_bound(curve), not_beaten(curve, curve.likelier & (mean_n >= mean_n[curve.n.index(lower_bound(curve))])))
 
 
 def gao(curve: Curve) -> int:
@@ -150,6 +155,7 @@ WAYS: Mapping[str, Callable[[Cell, np.ndarray], int]] = {
     "judge (smallest within one error)": chosen_by(JUDGE, simplest),
     "judge (largest not beaten)": chosen_by(JUDGE, not_beaten),
     "judge (likelier, not beaten)": chosen_by(JUDGE, likelier_not_beaten),
+    "judge (likelier, gains no less)": chosen_by(JUDGE, gains_no_less),
     "judge (Gao's law)": chosen_by(JUDGE, gao),
     "judge without exchanged": chosen_by(heldout("initial")),
     "judge without pi_0": chosen_by(heldout("exchanged")),

@@ -5,9 +5,9 @@ prompts and from demonstrations of other prompts: a ridge-regularised logistic h
 demonstrations of other prompts are written as well and in the same style, so that neither length nor style tells the sides
 apart, and what an answer has to do with its prompt does. It is cross-fitted over prompts, so it never judges an answer to a
 prompt it was fitted on. Best-of-n under the selecting reward, measured by this judge, turns down where the golden reward
-does (docs/measured.md). Of the n that are shown to be better than n = 1 one is taken, boldly where the curve still rises and
-the answers that the reward picks are shown to be likelier under pi_SFT than its average answer, with care where they may be
-some that it hardly ever gives; n = 1, plain SFT, where none is shown (docs/studies/stopping.md).
+does (docs/measured.md). Of the n that are shown to be better than n = 1 one is taken, boldly where the answers that the
+reward picks are shown to be likelier under pi_SFT than its average answer, with care where they may be some that it hardly
+ever gives; n = 1, plain SFT, where none is shown (docs/studies/stopping.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ JUDGE = {
     "samples": SAMPLES,
     "exchanged": EXCHANGED,
     "style": True,
-    "rule": "best bound, or larger where it gains no less, likelier and not beaten",
+    "rule": "best bound, or larger where likelier all the way and not beaten",
 }
 
 
@@ -156,16 +156,24 @@ def choose(curves: Mapping[str, Curve]) -> tuple[str, int]:
 def choose_n(curve: Curve, looks: int | None = None) -> int:
     """An n whose gain is shown to be above 0, at 5 % for all `looks` together (Bonferroni; by default all n but the first), or n = 1.
 
-    Of those the one with the best lower bound, or a larger one that gains no less, whose picks are likelier under pi_SFT, and that no smaller
-    n is shown to beat (5 %): the noise of the judged gain grows with n, so that a curve that still rises loses its bound; but where it falls,
-    or picks leave what pi_SFT knows and with it what the judge has seen, that noise counts against them. `irlign arena stopping` compares
-    this with other rules.
+    Of those the one with the best lower bound, or a larger one up to which picks are likelier under pi_SFT all the way, and that no smaller n
+    is shown to beat (5 %): the noise of the judged gain grows with n, so that a curve that still rises loses its bound; but where picks
+    leave what pi_SFT knows, and with it what the judge has seen, that noise counts against them. `irlign arena stopping` compares this
+    with other rules.
     """
-    shown_n, mean_n = shown(curve.gains, looks), curve.gains.mean(0)
-    careful = int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())
-    rising = np.flatnonzero(shown_n & curve.likelier & (mean_n >= mean_n[careful]))
-    bold = [int(k) for k in rising if not shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any()]
-    return curve.n[max([careful, *bold])]
+    shown_n = shown(curve.gains, looks)
+    chosen = careful = int(np.where(shown_n, lower_bounds(curve.gains), 0.0).argmax())
+    for k in range(careful + 1, len(curve.n)):
+        if not curve.likelier[k]:
+            break
+        if shown_n[k] and not beaten(curve, k):
+            chosen = k
+    return curve.n[chosen]
+
+
+def beaten(curve: Curve, k: int) -> bool:
+    """Whether any smaller n is shown to gain more than the one at place k, at 5 % each."""
+    return bool(shown(curve.gains[:, :k] - curve.gains[:, [k]], 1).any())
 
 
 def shown(gains_P_n: np.ndarray, looks: int | None = None) -> np.ndarray:
