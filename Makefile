@@ -11,8 +11,9 @@ ATHERIS := .venv-atheris
 
 RAY := .venv-ray
 INTEROP := .venv-interop
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-slow test-vllm bench-peers test-cluster test-browser test-interop fuzz crash-test soak lint docs setup setup-hashed hashes
+.PHONY: quickstart test test-oldest test-slow test-vllm bench-peers test-cluster test-browser test-interop fuzz crash-test soak lint docs setup setup-hashed hashes
 
 setup: $(VENV)/.installed
 
@@ -114,6 +115,15 @@ $(INTEROP)/.installed: pyproject.toml constraints.txt
 
 test-interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest -rs -m 'not vllm' tests/test_interop.py tests/test_trackers.py tests/evaluate/test_lm_eval.py
+
+# The tests on the oldest versions that pyproject.toml allows, torch 2.6 among them, which comes with CUDA (5 GB); `make test` is on the newest. Wants uv.
+$(OLDEST)/.installed: pyproject.toml
+	uv venv --clear --quiet $(OLDEST)
+	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev,judge,track]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
 
 # The site in site/; warnings are errors. Its tools read irlign and never import it, so it is not installed beside them.
 $(DOCS)/.installed: constraints-docs.txt
