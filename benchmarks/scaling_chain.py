@@ -27,7 +27,7 @@ from irlign.sizes import Sizes, world_sizes
 from irlign.statistics import nested_estimate
 
 ROWS, GIVEN = f"{CHOSEN},preference (labels),DPO (labels)", "initial policy"
-QUICK = {"pretrain.hidden_size": 48, "pretrain.num_train_epochs": 1, "world.name": "dialogue"}
+QUICK = {"as": "quick", "world.name": "dialogue", "pretrain.hidden_size": 48, "pretrain.num_train_epochs": 1, "sft.num_train_epochs": 2, "reward.num_train_epochs": 1}  # fmt: skip
 
 
 def chain(root: Path | None, seeds: Sequence[int], quick: bool) -> list[dict[str, Any]]:
