@@ -18,7 +18,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,18 +153,19 @@ def measure(
     with contextlib.ExitStack() as open_peers:
         runs: dict[tuple[str, str], Callable[..., tuple[float, list[int]]]] = {}
         for name, dtype in engines:
-            try:
+            with _unless_it_fails(runs, (name, dtype), shape, lengths):
                 runs[name, dtype] = _runner(name, models[dtype], python, compiled, open_peers)
                 runs[name, dtype](texts[:1])  # warm-up
-            except PeerError as error:
-                runs.pop((name, dtype), None)
-                print(f"{shape:12} {lengths:10} {dtype}: not measured: {error}", flush=True)
-        found = [{engine: run(texts) for engine, run in runs.items()} for _ in range(repeats)]
+        found: list[dict[tuple[str, str], tuple[float, list[int]]]] = [{} for _ in range(repeats)]
+        for repeat in found:
+            for engine, run in list(runs.items()):
+                with _unless_it_fails(runs, engine, shape, lengths):
+                    repeat[engine] = run(texts)
     rows = []
     for name, dtype in runs:
         bases = [("generate", d) for d in dict.fromkeys(("float32", dtype)) if ("generate", d) in runs]
         counts = [n for repeat in found for n in repeat[name, dtype][1]]
-        speeds = [{engine: sum(lengths) / seconds for engine, (seconds, lengths) in repeat.items()} for repeat in found]
+        speeds = [{engine: sum(drawn) / seconds for engine, (seconds, drawn) in repeat.items()} for repeat in found]
         ratios = [speed[name, dtype] / max(speed[base] for base in bases) for speed in speeds]
         median = statistics.median(speed[name, dtype] for speed in speeds)
         most = floor(models[dtype], counts, min(ROWS, ANSWERS * prompts), limits[dtype], limits["memory"])
@@ -173,6 +174,16 @@ def measure(
             "spread": [min(ratios), max(ratios)], "roofline_share": median / most, "mean_length": statistics.mean(counts),
         })  # fmt: skip
     return rows
+
+
+@contextlib.contextmanager
+def _unless_it_fails(runs: dict[tuple[str, str], Any], engine: tuple[str, str], shape: str, lengths: str) -> Iterator[None]:
+    """A peer that cannot serve, or dies, has no row, and the others go on."""
+    try:
+        yield
+    except PeerError as error:
+        runs.pop(engine, None)
+        print(f"{shape:12} {lengths:10} {engine[1]}: not measured: {error}", flush=True)
 
 
 def _runner(

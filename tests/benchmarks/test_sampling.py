@@ -42,7 +42,9 @@ if sys.argv[1] == "-c":
     sys.exit()
 wanted = json.loads(sys.stdin.readline())
 print(json.dumps({loaded}), flush=True)
-for line in sys.stdin:
+for number, line in enumerate(sys.stdin):
+    if number == {lives}:
+        sys.exit("killed")
     print(json.dumps({{"seconds": 0.5, "lengths": [len(ids) for ids in json.loads(line) for _ in range(wanted["answers"])]}}), flush=True)
 """
 
@@ -51,9 +53,9 @@ for line in sys.stdin:
 def stand_in(tmp_path):
     """A program in place of the peers' Python, which has vLLM alone: its answers are as long as their prompts."""
 
-    def make(loaded='{"about": wanted["dtype"]}'):
+    def make(loaded='{"about": wanted["dtype"]}', lives=-1):
         path = tmp_path / "python"
-        path.write_text(STAND_IN.format(python=sys.executable, loaded=loaded), encoding="utf-8")
+        path.write_text(STAND_IN.format(python=sys.executable, loaded=loaded, lives=lives), encoding="utf-8")
         path.chmod(0o755)
         return path
 
@@ -75,6 +77,13 @@ def test_a_peer_has_its_own_clock_and_a_shape_it_cannot_serve_has_no_row(stand_i
     assert rows[1]["mean_length"] == sum(prompts) / 2
     rows = bench.measure("llama 0.9 M", "realistic", python=stand_in('{"error": "head size 31"}'), **how)
     assert [row["engine"] for row in rows] == ["generate"] and "not measured: vllm: head size 31" in capsys.readouterr().out
+
+
+def test_a_peer_that_dies_between_two_repeats_has_no_row_and_the_others_have(stand_in, capsys):
+    engines, limits = [("generate", "float32"), ("vllm", "float32")], {"float32": 1e6, "memory": 1e6}
+    rows = bench.measure("llama 0.9 M", "realistic", prompts=1, repeats=2, engines=engines, limits=limits, python=stand_in(lives=2))
+    assert [row["engine"] for row in rows] == ["generate"]  # the first call is the warm-up
+    assert "not measured: vllm: its process ended: killed" in capsys.readouterr().out
 
 
 def test_plan_puts_peers_in_turn_with_ours():
