@@ -9,11 +9,11 @@ from irlign.optimise.label_free import (
     SAMPLES,
     Answers,
     Curve,
-    _folds,
     choice_of,
     choose,
     choose_n,
     exchanged,
+    folds,
     guard_n,
     judge,
     judge_pool,
@@ -78,6 +78,24 @@ def test_other_prompts_are_judged_by_all_demonstrations():
     assert np.corrcoef(judge(others, *sides[1:]), quality)[0, 1] > 0.8
 
 
+def test_a_judge_of_some_prompts_keeps_the_folds_of_all():
+    """An answer to a prompt that was left out is judged by the head that has seen nothing of its fold."""
+    (pool, demos, worse), *_ = world(0)
+    fold = folds(demos.prompt_ids)
+    left_out = demos.prompt_ids[0]
+
+    def only(answers, wanted):
+        rows = [i for i, prompt in enumerate(answers.prompt_ids) if wanted(prompt)]
+        return Answers([answers.prompt_ids[i] for i in rows], answers.features[rows])
+
+    some = [only(side, lambda p: p != left_out) for side in (demos, *worse)]
+    other_folds = [only(side, lambda p: fold[p] != fold[left_out]) for side in some]
+    asked = only(pool, lambda p: p == left_out)
+    found = judge(asked, some[0], some[1:], fold)
+    assert np.allclose(found, judge(asked, other_folds[0], other_folds[1:]))
+    assert not np.allclose(found, judge(asked, some[0], some[1:]))
+
+
 def test_the_bounds_by_hand():
     """Gains over three prompts: at n = 2 always 1, at n = 4 on average 2 with a standard deviation of 2."""
     gains = np.array([[0, 1, 0], [0, 1, 2], [0, 1, 4.0]])
@@ -137,7 +155,7 @@ def test_demonstrations_are_exchanged_within_a_fold():
     demos = [Demonstration(Prompt.of(f"ask {i}", "dev"), f" answer {i}.") for i in range(30)]
     demos += [Demonstration(demos[i].prompt, f" again {i}.") for i in (3, 4)]
     rows = exchanged(demos)
-    fold = _folds([d.prompt.prompt_id for d in demos])
+    fold = folds([d.prompt.prompt_id for d in demos])
     of = {d.completion: d.prompt.prompt_id for d in demos}
     assert all(of[text] != p.prompt_id and fold[of[text]] == fold[p.prompt_id] for p, text in rows)
     assert {p.prompt_id for p, _ in rows} == {d.prompt.prompt_id for d in demos} and len(rows) <= 32 * 4

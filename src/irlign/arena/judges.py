@@ -16,7 +16,7 @@ from irlign.arena.cell import Cell, golden_of
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
 from irlign.evaluate.golden import score_golden
 from irlign.evaluate.overoptimisation import fit_gao
-from irlign.optimise.label_free import Answers, Curve, beaten, choose_n, judge, lower_bounds, shown, sides_of
+from irlign.optimise.label_free import Answers, Curve, beaten, choose_n, folds, judge, lower_bounds, shown, sides_of
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean
@@ -50,25 +50,28 @@ def by(scores: Scores) -> Judge:
     return lambda cell: scores(cell)[cell.is_dev]
 
 
+@lru_cache(maxsize=1)
 def refitted(cell: Cell) -> np.ndarray:
     """The mean of REFITS judges, each fitted to the dev prompts drawn with replacement (bagging): does the choice hang on the fit?"""
-    pool, shown, *worse = _sides(cell, "init")
-    prompts, rng = sorted(set(shown.prompt_ids)), np.random.default_rng(cell.run.seed)
+    pool, *sides = _sides(cell, "init")
+    fold, rng = folds(sides[0].prompt_ids), np.random.default_rng(cell.run.seed)
+    prompts = sorted(fold)
 
     def fit() -> np.ndarray:
         times = Counter(prompts[i] for i in rng.integers(0, len(prompts), len(prompts)))
-        drawn = [_repeated(side, times) for side in (shown, *worse)]
-        return judge(pool, drawn[0], drawn[1:])
+        better, *worse = (_repeated(side, times) for side in sides)
+        return judge(pool, better, worse, fold)  # the folds of all: exchanged demonstrations are held out with their own prompts
 
     return np.mean([fit() for _ in range(REFITS)], axis=0)
 
 
-def _repeated(answers: Answers, times: Mapping[str, int]) -> Answers:
+def _repeated(answers: Answers, times: Counter[str]) -> Answers:
     """The answers to each prompt so many times."""
     rows = np.repeat(np.arange(len(answers.prompt_ids)), [times[prompt] for prompt in answers.prompt_ids])
     return Answers([answers.prompt_ids[row] for row in rows.tolist()], answers.features[rows])
 
 
+@lru_cache(maxsize=1)
 def true_reward(cell: Cell) -> np.ndarray:
     """The true reward itself on the dev prompts: what so few prompts leave of a judge that makes no mistake."""
     dev = [sample for sample, own in zip(cell.pool, cell.is_dev, strict=True) if own]

@@ -65,10 +65,10 @@ class Answers:
 
 class Judge:
     """Tells demonstrations from worse answers; heads are fitted when they are first needed. The worse sides weigh alike, and together as much
-    as the better."""
+    as the better. `fold` is the fold of each prompt, where not those of the demonstrated ones."""
 
-    def __init__(self, demonstrations: Answers, worse: Sequence[Answers]):
-        self.demonstrations, self.worse, self.fold = demonstrations, worse, _folds(demonstrations.prompt_ids)
+    def __init__(self, demonstrations: Answers, worse: Sequence[Answers], fold: Mapping[str, int] | None = None):
+        self.demonstrations, self.worse, self.fold = demonstrations, worse, fold or folds(demonstrations.prompt_ids)
         self.heads: dict[int, LogisticHead] = {}
 
     def __call__(self, answers: Answers) -> np.ndarray:
@@ -90,12 +90,12 @@ class Judge:
         return self.heads[k]
 
 
-def judge(answers: Answers, demonstrations: Answers, worse: Sequence[Answers]) -> np.ndarray:
+def judge(answers: Answers, demonstrations: Answers, worse: Sequence[Answers], fold: Mapping[str, int] | None = None) -> np.ndarray:
     """The logits of a judge that is needed once. Shape [len(answers.prompt_ids)]."""
-    return Judge(demonstrations, worse)(answers)
+    return Judge(demonstrations, worse, fold)(answers)
 
 
-def _folds(prompt_ids: Sequence[str]) -> dict[str, int]:
+def folds(prompt_ids: Sequence[str]) -> dict[str, int]:
     """The fold of each prompt, by hash."""
     return {prompt_id: place % FOLDS for place, prompt_id in enumerate(sorted(set(prompt_ids), key=lambda p: crc32(p.encode())))}
 
@@ -109,7 +109,7 @@ def _fit(demonstrations: np.ndarray, worse: Sequence[np.ndarray]) -> LogisticHea
 
 def exchanged(demonstrations: Sequence[Demonstration]) -> list[tuple[Prompt, str]]:
     """Each prompt with the demonstrations of up to EXCHANGED other prompts of its fold: what a fold holds out, it holds out whole."""
-    fold = _folds([d.prompt.prompt_id for d in demonstrations])
+    fold = folds([d.prompt.prompt_id for d in demonstrations])
     rows = []
     for k in range(FOLDS):
         own = [d for d in demonstrations if fold[d.prompt.prompt_id] == k]
