@@ -5,7 +5,7 @@
 `cost`: drawing N answers to each of P prompts, scoring them, and training a reward on N/2 pairs a prompt, by irlign's own stages from folders of
 weights: small Llamas with random weights, answers as long as in the other benchmarks. In every repeat each point is measured in fresh processes of
 one thread, after a small first call. Seconds are those of the slowest process; FLOPs those of the cost model (docs/scale.md) at the lengths that
-occurred, `planned` its seconds at this machine's speed of a product. Memory is the peak of the largest process, and what of it came after
+occurred, `planned` are the seconds that these take at the speed of a plain matrix product here. Memory is the peak of the largest process, and what of it came after
 libraries and first call (`own`), beside the bytes planned for that. An exponent is the slope of the logarithms along an axis, median and range
 over the repeats, beside the slope of what is planned. Along `processes` each of two draws and scores half of the prompts, as the workers of
 a cluster do (without Ray), and `accelerate launch` trains, its start included, with the same global batch.
@@ -44,7 +44,9 @@ from irlign.plan import SCORING_TOKENS
 from irlign.sizes import shape_of
 
 BATCH, MIB, QUANTITIES = 8, 1 << 20, {"seconds": "planned_seconds", "own_mib": "planned_mib"}
-HERE: dict[str, Any] = {}  # of a process that is measured: the barrier before a stage, and its memory before the first
+HERE: dict[
+    str, Any
+] = {}  # of a process that is measured: the barrier before a stage, the speed of a product, and its memory before the first stage
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,9 @@ def work(policy: Path, kind: str, point: Point, share: int) -> dict[str, float]:
     start = time.perf_counter()
     tokens, flops, planned = KINDS[kind][0](policy, point, share)
     seconds, peak = time.perf_counter() - start, peak_memory_mib()
-    if kind == "training" and point.processes > 1:  # the largest of those that were launched, or this one if that is larger
+    if (
+        kind == "training" and point.processes > 1
+    ):  # a child begins at the peak of the process that started it, so this is the largest of both
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
     own = max(1.0, peak - HERE["before"])
     return {"tokens": tokens, "flops": flops, "seconds": seconds, "peak_mib": peak, "own_mib": own, "planned_mib": planned / MIB}
@@ -206,7 +210,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two small points and one small cell, under a minute")
+    parser.add_argument("--quick", action="store_true", help="two small points and one small cell, about a minute")
     parser.add_argument("--only", choices=("cost", "chain"), help="one part only")
     parser.add_argument("--repeats", type=int, help="how often each point is measured: 3, --quick 1")
     parser.add_argument("--seeds", default="100", help="of the cells: 100..102, or 100,101")

@@ -2,8 +2,7 @@
 
 The cells are those of `irlign arena labels` with no label flipped: the dialogue world at three widths. `irlign run` is SFT, both pools, the Init-SFT
 reward and Best-of-n by the judge; `preference (labels)` a Bradley-Terry reward on labels with the same Best-of-n; DPO has the same labels. pi_0
-is given. A method has drawn the tokens that it needs with the n it chose, and pays that share of the seconds in which the pools were drawn; what
-scores reads whole pools. FLOPs are the cost model's for the tokens counted (reading the prompts to draw from, 2 % of them, is left out). As many
+is given. Pools are drawn for the largest n; a method is charged for the share of their tokens that its own n needs, and for scoring whole pools. FLOPs are the cost model's for the tokens counted (reading the prompts to draw from, 2 % of them, is left out). As many
 cells as the machine has cores run at a time, one thread each. Golden: the test answers, 95 % interval over seeds and prompts, of one seed over
 prompts alone. Cells that the arena has finished are read, not measured again.
 """

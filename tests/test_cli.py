@@ -99,7 +99,9 @@ def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
     twice = _lines(tmp_path / "twice.jsonl", [*GOOD, *({**row, "completion": " a bird sat."} for row in GOOD)])
     assert _run(capsys, "optimise", "weighted-sft", "--config", recipe, f"dataset_name={twice}")[0] == 0
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
-    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "1 dev prompts with a demonstration are" in choice["why"]
+    assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "1 dev prompt with a demonstration is too few" in choice[
+        "why"
+    ]
     assert choice["demonstrations"] == 2
     assert _run(capsys, "optimise", "none", tmp_path / "out")[0] == 0 and not (tmp_path / "out/optimise").exists()
 
@@ -330,6 +332,7 @@ def test_env_schema_and_help(capsys):
         verb in text
         for verb in ("run", "validate", "sft", "sample", "reward", "score", "bon", "optimise", "eval", "report", "plan", "env", "schema")
     )
+    assert "irlign optimise METHOD [RECIPE | RUN] [KEY=VALUE]... [OPTIONS]" in _run(capsys, "optimise", "--help")[1]
     for verb in ("run", "validate", "plan", "sft", "bon", "eval", "report"):
         assert f"irlign {verb} [RECIPE | RUN] [KEY=VALUE]... [OPTIONS]\n" in _run(capsys, verb, "--help")[1]
 

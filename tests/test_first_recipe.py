@@ -88,6 +88,15 @@ def test_samples_are_asked_about_too(capsys, monkeypatch, tmp_path):
     assert load_recipe(Recipe, tmp_path / "mine.yaml").pools.sft == "new.jsonl"
 
 
+def test_an_answer_may_mend_what_is_given(capsys, monkeypatch, tmp_path):
+    """A classifier cannot start from words, which is what is suggested: another backbone is asked for."""
+    monkeypatch.setattr(sys, "stdin", _Terminal("\nan-encoder\n\nruns/x\n"))
+    given = "pools.initial=old.jsonl", "pools.sft=new.jsonl", "reward.kind=classifier"
+    code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml", *given)
+    recipe = load_recipe(Recipe, tmp_path / "mine.yaml")
+    assert code == 0 and (recipe.reward.kind, recipe.reward.backbone, recipe.output_dir) == ("classifier", "an-encoder", "runs/x"), out + err
+
+
 def test_a_wrong_key_is_told_before_anything_is_asked(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdin", _Terminal(""))
     code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml", "model_name_or_path=m", "optimise.method=sorcery")

@@ -21,14 +21,16 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # typer turns a KeyboardInterrupt into an exit with this code
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
-Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML); as the first word it needs no --config")]
+Config = Annotated[str | None, typer.Option("--config", "-c", help="a recipe (YAML); a bare RECIPE needs no --config")]
 Context = typer.Context
-WORDS: dict[str, Any] = {"context_settings": PASS_ON, "options_metavar": "[RECIPE | RUN] [KEY=VALUE]... [OPTIONS]"}
-RECIPES = (".yaml", ".yml", ".json")  # a bare first word that ends so is a recipe
+GIVEN = "[RECIPE | RUN] [KEY=VALUE]... [OPTIONS]"
+WORDS: dict[str, Any] = {"context_settings": PASS_ON, "options_metavar": GIVEN}
 
 
 def _given(context: Context, config: str | None) -> tuple[str | None, list[str]]:
     """The recipe, from --config or as a bare first word, and the overrides."""
+    from irlign.config import RECIPES
+
     words = _overrides(context)
     bare = config is None and bool(words) and not words[0].startswith("-") and "=" not in words[0]
     return (words[0], words[1:]) if bare and Path(words[0]).suffix in RECIPES else (config, words)
@@ -53,12 +55,12 @@ def run(context: Context, config: Config = None) -> None:
 @app.command(context_settings=PASS_ON)
 def init(context: Context, file: Annotated[str, typer.Argument(help="the recipe to write")] = "recipe.yaml") -> None:
     """A commented recipe from a few questions, written to FILE; key=value answers one, and without a terminal none is asked."""
-    from irlign.first_recipe import write_recipe
+    from irlign.first_recipe import named, write_recipe
 
     words = [*([file] if "=" in file or file.startswith("-") else []), *context.args]
     path = Path("recipe.yaml" if words[:1] == [file] else file)
     missing = write_recipe(path, words, _ask if sys.stdin.isatty() else None)
-    for line in (*(f"{path}: {key} has no value yet" for key in missing), f"{path}: written. Next: irlign validate --config {path}"):
+    for line in (*(f"{path}: {key} has no value yet" for key in missing), f"{path}: written. Next: irlign validate {named(path)}"):
         typer.echo(line)
 
 
@@ -130,17 +132,20 @@ def bon(
     run_stage("bon", config, [*words, *([] if budget is None else [f"best_of_n.budget={budget}"])])
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(context_settings=PASS_ON, options_metavar=f"METHOD {GIVEN}")
 def optimise(
     context: Context,
-    method: Annotated[
-        str, typer.Argument(help="distill, weighted-sft, dpo, spin, ditto, kto, gsil, rloo, grpo, rlsr, gad; none leaves the stage out")
-    ],
+    method: Annotated[str, typer.Argument(hidden=True)],  # the usage line has it, before the recipe
     config: Config = None,
 ) -> None:
-    """From the reward to a policy that needs none at inference: policies/aligned."""
+    """From the reward to a policy that needs none at inference, in policies/aligned. METHOD is distill, weighted-sft, dpo, spin, ditto, kto,
+    gsil, rloo, grpo, rlsr or gad; none leaves the stage out."""
+    from irlign.config import RECIPES
+    from irlign.errors import ConfigError
     from irlign.pipeline import run_stage
 
+    if method.endswith(RECIPES):
+        raise ConfigError(f"{method!r} is a recipe, and METHOD comes first", do=f"irlign optimise distill {method}")
     config, words = _given(context, config)
     run_stage("optimise", config, [*words, f"optimise.method={method}"])
 

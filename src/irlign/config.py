@@ -23,6 +23,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 
+RECIPES = (".yaml", ".yml", ".json")  # a bare word that ends so is a recipe
 # Keys of other libraries' settings that hold a secret, and where it belongs.
 SECRETS = {**dict.fromkeys(("hub_token", "push_to_hub_token", "hf_token", "token"), "HF_TOKEN"), "api_key": "the variable that holds it"}
 _SECRET = re.compile(rf"\b({'|'.join(SECRETS)})(\s*[:=]\s*)[^\s,}}]+")
@@ -186,7 +187,7 @@ def parse_overrides(model: type[BaseModel], overrides: Sequence[str]) -> Iterato
             text = item if lone else f"{item} {value}"
         elif not equals:
             do = "write key=value, for example sft.learning_rate=1e-4, or a run's folder"
-            do = f"a recipe is the first word, or follows --config: --config {item}" if item.endswith((".yaml", ".yml")) else do
+            do = f"one recipe: as the first word, or after --config: --config {item}" if item.endswith(RECIPES) else do
             raise ConfigError(f"{item!r} is no override", do=do)
         name = tuple(key.removeprefix("--").replace("-", "_").split("."))
         yield text, _full_key(model, name, text), _parse_value(value, text)

@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any, NamedTuple, get_args
 
-from irlign.config import Settings, assign, dump_recipe, load_recipe, parse_overrides
+from irlign.config import RECIPES, Settings, assign, dump_recipe, load_recipe, parse_overrides
 from irlign.errors import ConfigError
 from irlign.recipe import Recipe
 
@@ -93,9 +93,14 @@ def write_recipe(path: Path, overrides: Sequence[str] = (), ask: Ask | None = No
         told = given.get(key) if key == TEMPLATE else None  # resolved, a template's file has become its text
         assign(values, tuple(key.split(".")), None if key in missing else told or _at(resolved, key))
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# irlign validate --config {path}, then irlign plan and irlign run, each with the same --config. `irlign schema` lists every key.\n"
+    head = f"# irlign validate {named(path)}, then irlign plan and irlign run in its place. `irlign schema` lists every key.\n"
     path.write_text(head + "\n".join(_lines(Recipe, values, missing)) + "\n", encoding="utf-8")
     return missing
+
+
+def named(path: Path) -> str:
+    """How a verb is given this recipe: as a bare word where it looks like one."""
+    return str(path) if path.suffix in RECIPES else f"--config {path}"
 
 
 def _source(known: set[str], ask: Ask | None) -> str:
@@ -113,19 +118,28 @@ def _answered(start: Start, texts: Sequence[str], known: set[str], ask: Ask | No
     found = {key: question.default for question in start.questions for key in question.keys.split() if key not in known}
     if ask is None:
         return [*texts, *_words(found)]
-    _resolved(start, [*texts, *_words(found)])  # what is given is right before anything is asked
+    standing = _wrong(start, [*texts, *_words(found)])  # an answer may mend it
+    if standing and standing == _wrong(start, texts):
+        _resolved(start, texts)  # no answer can: it is said before anything is asked
     for question in start.questions:
         keys, words = [key for key in question.keys.split() if key in found], question.words
         while keys:
             answer = ask(words, question.default)
-            try:
-                _resolved(start, [*texts, *_words(found | {keys[0]: answer})])
-            except ConfigError as error:
-                words = f"{error}\n{question.words}"
-            else:
-                found |= dict.fromkeys(keys, answer)
+            wrong = _wrong(start, [*texts, *_words(found | {keys[0]: answer})])  # all keys of a question are of one kind
+            if wrong in ("", standing):
+                found, standing = found | dict.fromkeys(keys, answer), wrong
                 break
+            words = f"{wrong}\n{question.words}"
     return [*texts, *_words(found)]
+
+
+def _wrong(start: Start, texts: Sequence[str]) -> str:
+    """What is wrong with these texts, in words; empty where nothing is."""
+    try:
+        _resolved(start, texts)
+    except ConfigError as error:
+        return error.what
+    return ""
 
 
 def _words(answers: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from irlign.data.batches import in_batches
 from irlign.data.chat import Encoded, pad
+from irlign.errors import out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +145,8 @@ def _shares(model: "PreTrainedModel", row: Encoded, pad_id: int) -> bool:
 
 
 def reads_alike(model: "PreTrainedModel", way: Callable[[], "torch.Tensor"], plain: Callable[[], "torch.Tensor"]) -> bool:
-    """Whether the model reads rows in a way of ours as it reads them plainly: of the N tensors in what each returns, [N, ...], every one is
-    the other's but for rounding. Dropout is off meanwhile.
+    """Whether the model reads rows in a way of ours as it reads them plainly. Each returns [N, ...], and the N parts are compared one by one:
+    equal but for rounding, of the largest number in the part. Dropout is off meanwhile.
 
     False where the model refuses: encoders, attention that takes no mask or cache of ours, layers that keep anything else than keys and
     values.
@@ -159,7 +160,9 @@ def reads_alike(model: "PreTrainedModel", way: Callable[[], "torch.Tensor"], pla
         with torch.inference_mode():
             both = zip(way(), plain(), strict=True)
             return all(bool((found - own).abs().max() <= near * own.abs().max()) for found, own in both)
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):  # says nothing of the model
+            raise
         return False
     finally:
         model.train(training)

@@ -4,7 +4,7 @@
 
 With stored samples (`pools`) the chain is data -> sample (the files become the pools) -> reward -> bon -> eval -> report.
 Stages meet only through files of the run directory (docs/run_directory.md). A finished stage whose settings and inputs
-have not changed is skipped, and says what it came to all the same; a changed one runs again, and so does what follows from it.
+have not changed is skipped (bon, optimise and eval say what they came to all the same); a changed one runs again, and so does what follows from it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

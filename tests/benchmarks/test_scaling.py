@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scaling as bench
+import scaling_chain as chain
+from side_by_side import tokens_in
 
 from irlign.arena.methods import Pick
 from irlign.costs import Shape
 
-bench = pytest.importorskip("scaling")
-chain = pytest.importorskip("scaling_chain")
-tokens_in = pytest.importorskip("side_by_side").tokens_in
 SHAPE = Shape(
     parameters=130, looked_up=20, head=10, layers=1, hidden=2, attention=5, kept=5, vocabulary=10
 )  # 220 a token, 200 without head

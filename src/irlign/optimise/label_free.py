@@ -303,8 +303,9 @@ def prompts_shown(demonstrations: Sequence[Demonstration]) -> int:
 
 
 def too_few(prompts: int) -> str:
-    """Why there is no judge where dev demonstrates so many prompts."""
-    return f"{prompts} dev prompts with a demonstration are too few for a judge ({FEWEST} are needed)"
+    """Why there is no judge, with so many dev prompts that have a demonstration."""
+    have = "1 dev prompt with a demonstration is" if prompts == 1 else f"{prompts} dev prompts with a demonstration are"
+    return f"{have} too few for a judge ({FEWEST} are needed)"
 
 
 def without_judge(prompts: int) -> str:

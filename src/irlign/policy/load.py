@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,11 @@ def _no_folder(path: str) -> str | None:
     if Path(path).is_dir():
         return None
     asked = "no folder has this name, so it was asked of the Hub: check the path, or the id and the network"
-    return f"{asked}. HF_HUB_OFFLINE=1 asks only what was downloaded before, and so answers at once"
+    return (
+        asked
+        if os.environ.get("HF_HUB_OFFLINE")
+        else f"{asked}. HF_HUB_OFFLINE=1 asks only what was downloaded before, and so answers at once"
+    )
 
 
 def _first_line(error: BaseException) -> str:
