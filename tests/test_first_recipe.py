@@ -94,7 +94,9 @@ def test_an_answer_may_mend_what_is_given(capsys, monkeypatch, tmp_path):
     given = "pools.initial=old.jsonl", "pools.sft=new.jsonl", "reward.kind=classifier"
     code, out, err = _irlign(capsys, "init", tmp_path / "mine.yaml", *given)
     recipe = load_recipe(Recipe, tmp_path / "mine.yaml")
-    assert code == 0 and (recipe.reward.kind, recipe.reward.backbone, recipe.output_dir) == ("classifier", "an-encoder", "runs/x"), out + err
+    assert code == 0 and (recipe.reward.kind, recipe.reward.backbone, recipe.output_dir) == ("classifier", "an-encoder", "runs/x"), (
+        out + err
+    )
 
 
 def test_a_wrong_key_is_told_before_anything_is_asked(capsys, monkeypatch, tmp_path):

@@ -224,7 +224,8 @@ def bon(recipe: Recipe, run: Run) -> None:
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.adaptive import answers_used
         from irlign.optimise.best_of_n import candidate_rows, scored_texts, select
-        from irlign.optimise.label_free import choice_of, guard_n, judge_pool
+        from irlign.optimise.heldout import judge_pool
+        from irlign.optimise.label_free import choice_of, guard_n
         from irlign.optimise.scoring import scores_of
         from irlign.reward.controls import length
         from irlign.reward.publish import held_to_likelihood, publish_held

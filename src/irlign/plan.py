@@ -13,7 +13,8 @@ from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda
 from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
-from irlign.optimise.label_free import EXCHANGED, FEWEST, without_judge
+from irlign.optimise.heldout import EXCHANGED, FEWEST
+from irlign.optimise.label_free import without_judge
 from irlign.optimise.methods import rewarded
 from irlign.optimise.rounds import past_policies
 from irlign.progress import clock

@@ -22,7 +22,8 @@ from irlign.arena.judges import (
     stopping_table,
     two_sample,
 )
-from irlign.optimise.label_free import Answers, Curve
+from irlign.optimise.heldout import Answers
+from irlign.optimise.label_free import Curve
 from irlign.runs import Run
 from tests.arena.test_leaderboard import TINY
 

@@ -4,22 +4,8 @@ import numpy as np
 import pytest
 
 from irlign.errors import ConfigError
-from irlign.optimise.label_free import (
-    FEWEST,
-    SAMPLES,
-    Answers,
-    Curve,
-    choice_of,
-    choose,
-    choose_n,
-    exchanged,
-    folds,
-    guard_n,
-    judge,
-    judge_pool,
-    judged_curve,
-    lower_bounds,
-)
+from irlign.optimise.heldout import FEWEST, SAMPLES, Answers, exchanged, folds, judge, judge_pool
+from irlign.optimise.label_free import Curve, choice_of, choose, choose_n, guard_n, judged_curve, lower_bounds
 from irlign.records import Demonstration, Prompt, Sample
 
 

@@ -18,7 +18,8 @@ from irlign.errors import ConfigError
 from irlign.evaluate.golden import Golden, load_golden
 from irlign.files import read_json, read_table, write_table
 from irlign.optimise.best_of_n import scored_text, scored_texts
-from irlign.optimise.label_free import JUDGE, Curve, judge_pool, judged_curve
+from irlign.optimise.heldout import judge_pool
+from irlign.optimise.label_free import JUDGE, Curve, judged_curve
 from irlign.recipe import Recipe, as_recipe
 from irlign.records import Demonstration, Preference, Prompt, Sample, mean_logprobs
 from irlign.reward.contrasts import answers_of, contrast_pairs
@@ -237,7 +238,7 @@ class Cell:
         return {key: np.array([row[key] for row in rows]) for key in ("sft", "init", "tokens")}
 
     def judged(self) -> np.ndarray:
-        """The logit of the label-free judge, from the dev demonstrations (optimise/label_free.py). Shape [rows]."""
+        """The logit of the label-free judge, from the dev demonstrations (optimise/heldout.py). Shape [rows]."""
 
         def build(folder: Path) -> dict[str, Any]:
             options = {"chat_template": self.recipe.data.chat_template}

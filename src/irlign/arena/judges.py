@@ -16,7 +16,8 @@ from irlign.arena.cell import Cell, golden_of
 from irlign.arena.methods import INIT_DEMO, INIT_SFT, SFT_DEMO, Method, Pick, Scores, held, learned, likelihood, together
 from irlign.evaluate.golden import score_golden
 from irlign.evaluate.overoptimisation import fit_gao
-from irlign.optimise.label_free import Answers, Curve, beaten, choose_n, folds, judge, lower_bounds, shown, sides_of
+from irlign.optimise.heldout import Answers, folds, judge, sides_of
+from irlign.optimise.label_free import Curve, beaten, choose_n, lower_bounds, shown
 from irlign.statistics import best_of_n_weights, kl_bound, powers_of_two, rank_keys
 
 ONE_ERROR = 0.158655  # the level whose bound is one standard error below the mean

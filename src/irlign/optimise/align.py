@@ -15,7 +15,8 @@ from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
-from irlign.optimise.label_free import judge_pool, prompts_shown, too_few
+from irlign.optimise.heldout import judge_pool, prompts_shown
+from irlign.optimise.label_free import too_few
 from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config, rewarded
 from irlign.optimise.rounds import keep_rewards, refresh
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl

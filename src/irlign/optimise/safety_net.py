@@ -1,7 +1,7 @@
 """Whether a policy may take pi_SFT's place: what the judge of held-out demonstrations says of it, the KL it cost, alarms, the choice.
 
 A policy that was trained toward a reward has learned the reward's mistakes too, and the reward cannot see them. So candidates are
-weighed by the judge of optimise/label_free.py on the dev prompts, paired with pi_SFT's answers, and pi_SFT stays where none is shown
+weighed by the judge of optimise/heldout.py on the dev prompts, paired with pi_SFT's answers, and pi_SFT stays where none is shown
 to be better. Pure functions of numbers.
 """
 
