@@ -116,7 +116,7 @@ $(INTEROP)/.installed: pyproject.toml constraints.txt
 test-interop: $(INTEROP)/.installed
 	$(INTEROP)/bin/python -m pytest -rs -m 'not vllm' tests/test_interop.py tests/test_trackers.py tests/evaluate/test_lm_eval.py
 
-# The tests on the oldest versions that pyproject.toml allows, torch 2.6 among them, which comes with CUDA (5 GB); `make test` is on the newest. Wants uv.
+# The tests on the oldest versions that pyproject.toml allows, torch 2.8 among them, which comes with CUDA (5 GB); `make test` is on the newest. Wants uv.
 $(OLDEST)/.installed: pyproject.toml
 	uv venv --clear --quiet $(OLDEST)
 	uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev,judge,track]'
