@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_shares_are_ratios_of_sums_over_runs():
     assert (row["worse"], row["worse_holm"], row["runs"]) == (1, 1, 2)
     assert table([cell_of(0.5, 0)])[0]["regret"] is None  # SFT has no curve
     assert cells_of(row)[-3] == "1 of 2 (Holm 1)" and cells_of(row)[3].startswith("10% [")
+
+
+def test_settings_may_have_unlike_numbers_of_answers():
+    """The curve over both runs has the points that both have, the largest n is each one's own."""
+    wide = cell_of(0.5, 1)
+    it = wide.methods["it"]
+    wider = np.concatenate([it.curve_P_n, it.curve_P_n[:, -1:] + 1], axis=1)
+    wide = replace(wide, n=(1, 2, 4, 8), methods={**wide.methods, "it": replace(it, curve_P_n=wider)})
+    row = table([cell_of(0.5, 0), wide])[1]
+    assert row["curve"] == pytest.approx([1, 1.5, 2]) and row["last"] == pytest.approx((2 + 3) / 2)
 
 
 def test_rows_are_named_by_patterns():

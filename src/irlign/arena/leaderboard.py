@@ -180,7 +180,7 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
     gap, of_oracle, *of_best = (
         statistics.nested_ratio(by_seed(gains), by_seed([top - base for top, base in zip(of, sft, strict=True)])) for of in tops
     )
-    curve = own[0].curve_P_n.shape[1] > 1
+    curve, points = own[0].curve_P_n.shape[1] > 1, min(m.curve_P_n.shape[1] for m in own)  # a setting may have a larger N than others
     best = [statistics.oracle_n(m.curve_P_n, cell.seed) for m, cell in zip(own, cells, strict=True)] if curve else []
     left = [(top - m.chosen_P, top - m.curve_P_n[:, 0]) for m, top in zip(own, best, strict=True)] if curve else []
     regret = statistics.nested_ratio(*(by_seed(side) for side in zip(*left, strict=True))) if curve else None
@@ -200,7 +200,7 @@ def _row(name: str, cells: Sequence[CellResult]) -> dict[str, Any]:
         "worse_holm": sum(p < ALPHA for p in statistics.holm(ps)),
         "runs": len(cells),
         "n": sorted({m.n for m in own}),
-        "curve": np.mean([m.curve_P_n.mean(0) for m in own], axis=0).tolist(),
+        "curve": np.mean([m.curve_P_n[:, :points].mean(0) for m in own], axis=0).tolist(),
         "tokens": float(np.mean([m.tokens for m in own])),
         "seconds": float(np.mean([m.seconds for m in own])),
         "memory": float(max(m.memory for m in own)),
@@ -219,7 +219,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
     found = {
         "title": title,
         "seeds": sorted({cell.seed for cell in cells}),
-        "n": list(cells[0].n),
+        "n": list(max((cell.n for cell in cells), key=len)),
         "headline": headline(everything := table(cells)),
         "all": everything,
         "settings": {setting: table(of) for setting, of in groups.items()},
