@@ -219,7 +219,7 @@ def leaderboard(places: Sequence[Place], rows: Sequence[str], jobs: int, root: P
     found = {
         "title": title,
         "seeds": sorted({cell.seed for cell in cells}),
-        "n": list(max((cell.n for cell in cells), key=len)),
+        "n": list(max(cell.n for cell in cells)),
         "headline": headline(everything := table(cells)),
         "all": everything,
         "settings": {setting: table(of) for setting, of in groups.items()},
