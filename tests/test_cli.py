@@ -141,7 +141,10 @@ BAD_KEYS = {
     "an unknown key": (["sft.learning_rat=1"], "unknown key sft.learning_rat\n  did you mean sft.learning_rate"),
     "a wrong type": (["seed=many"], "seed: expected"),
     "no override": (["fast"], "'fast' is no override\n  write key=value"),
-    "a second recipe": (["mine.yaml"], "'mine.yaml' is no override\n  one recipe: as the first word, or after --config: --config mine.yaml"),
+    "a second recipe": (
+        ["mine.yaml"],
+        "'mine.yaml' is no override\n  one recipe: as the first word, or after --config: --config mine.yaml",
+    ),
     "an ambiguous key": (["learning_rate=1"], "learning_rate stands in 4 sections"),
     "an unknown contrast": (["reward.contrast=init-expert"], "reward.contrast: expected 'init-sft'"),
     "preference without a file": (["reward.contrast=preference"], "needs preference_dataset_name"),
