@@ -283,6 +283,7 @@ def serve(root: str | Path, host: str, port: int, wanted: Wanted, limits: Limits
         raise ConfigError(f"{key_env} is not set, and it should hold the API key", where="--api-key-env")
     place = bind(host, port)
     server = Server(load_answerer(root, wanted), limits, key)
+    place.listen()  # whoever reads the address may come at once
     for line in startup(server, root, host, place.getsockname()[1]):
         say(f"serve: {line}")
     config = uvicorn.Config(server, proxy_headers=False, log_level="warning", access_log=False, server_header=False)
