@@ -10,6 +10,7 @@ from irlign.evaluate.golden import is_function, load_golden
 from irlign.evaluate.judge import SECTION
 from irlign.evaluate.lm_eval import lm_eval_python
 from irlign.evaluate.reward_bench import read_bench
+from irlign.optimise.heldout import prompts_shown
 from irlign.optimise.label_free import without_judge
 from irlign.optimise.methods import own_config
 from irlign.policy.load import check_causal, load_config
@@ -55,7 +56,7 @@ def judge_note(recipe: Recipe, splits: Mapping[str, Sequence[Demonstration]]) ->
     """That the dev demonstrations of one's own file are too few for a judge, where they are."""
     if recipe.world is not None or recipe.pools:
         return []
-    line = without_judge(len({d.prompt.prompt_id for d in splits["dev"] if d.completion}))
+    line = without_judge(prompts_shown([d for d in splits["dev"] if d.completion]))
     return [line] if line else []
 
 

@@ -49,7 +49,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def figures(found: Mapping[str, Any]) -> dict[str, Any]:
     """For each setting the curves of the methods that select by a reward, and over all of them their gains by setting, as SVG."""
-    points = {setting: max(len(row["curve"]) for row in rows) for setting, rows in found["settings"].items()}  # of the largest N all are
+    points = {setting: max(len(row["curve"]) for row in rows) for setting, rows in found["settings"].items()}  # their own N
     curves = {key: methods_svg(found["n"][: points[key]], rows, found["sources"][key]) for key, rows in found["settings"].items()}
     return {**{name: safe(svg) for name, svg in curves.items()}, ALL.format(len(curves)): safe(settings_svg(found["settings"]))}
 
