@@ -15,6 +15,7 @@ from small import small_recipe
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
 from irlign.cli import main
+from irlign.errors import RunError
 
 
 def _run(capsys, *words):
@@ -359,3 +360,18 @@ def test_sigterm_says_that_the_run_can_go_on(recipe, tmp_path):
     assert "goes on where it stopped" in process.stderr.read()
     assert json.loads(manifest.read_text())["stages"]["sft"]["status"] == "interrupted"
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_is_told_even_where_a_library_makes_another_error_of_it(capsys, monkeypatch, number, code, word):
+    def library():
+        try:
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                raise RuntimeError("nothing to undo")
+        except RuntimeError as error:
+            raise RunError("cannot be read") from error
+
+    monkeypatch.setattr("irlign.machine.environment", library)
+    assert _run(capsys, "env")[::2] == (code, f"irlign: {word}; the same command goes on where it stopped\n")

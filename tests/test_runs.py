@@ -143,6 +143,19 @@ def test_an_interrupted_attempt_finds_its_folder_again_only_for_the_same_work(tm
         assert seen[-1] is found
 
 
+def test_an_interruption_counts_as_one_where_a_library_made_another_error_of_it(tmp_path):
+    def stops(folder):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("nothing to undo")
+
+    with _open(tmp_path / "run") as run:
+        with pytest.raises(ValueError, match="nothing to undo"):
+            run.do("a", stops, outputs=["a"])
+        assert run.stages["a"]["status"] == "interrupted" and "error" not in run.stages["a"]
+
+
 def test_an_output_that_is_not_written_is_an_error(tmp_path):
     with _open(tmp_path / "run") as run, pytest.raises(RunError, match="did not write b"):
         run.do("a", _write("a", "x"), outputs=["a", "b"])

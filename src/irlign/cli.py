@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irlign.errors import IrlignError
+from irlign.errors import IrlignError, interruption
 from irlign.progress import hush
 
 app = typer.Typer(
@@ -272,32 +272,39 @@ def main(arguments: list[str] | None = None) -> None:
     """The entry point: one clear line for an error, and an exit code that says which kind."""
     hush()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(args=[word for word in words if word != "--debug"], prog_name="irlign")
-    except IrlignError as error:
-        _fail(error, debug, f"irlign: {error}", error.exit_code)
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
-            raise
-        _fail(error, debug, "irlign: interrupted; the same command goes on where it stopped", INTERRUPTED)
-    except BrokenPipeError:
+    except BaseException as raised:
+        error = interruption(raised) or raised
+        if "--debug" in words and not _is_exit(error):
+            import traceback
+
+            traceback.print_exception(error)
+        sys.exit(_told(error))
+
+
+def _told(error: BaseException) -> Any:
+    """The exit code of what ended the command; what the user has to know of it is printed."""
+    if _is_exit(error):
+        return error.code  # type: ignore[attr-defined]
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as error:
+        return 141
+    text, code = "irlign: interrupted; the same command goes on where it stopped", INTERRUPTED
+    if isinstance(error, IrlignError):
+        text, code = f"irlign: {error}", error.exit_code
+    elif isinstance(error, Exception):
         line = (str(error).strip() or "no message").splitlines()[0]
         text = f"irlign: unexpected {type(error).__name__}: {line}\n  --debug shows the traceback; `irlign env` says what to report with it"
-        _fail(error, debug, text, 70)
-
-
-def _fail(error: BaseException, debug: bool, text: str, code: int) -> None:
-    if debug:
-        import traceback
-
-        traceback.print_exception(error)
+        code = 70
     print(text, file=sys.stderr, flush=True)
-    sys.exit(code)
+    return code
+
+
+def _is_exit(error: BaseException) -> bool:
+    """Whether this is an exit that has said all there is to say; typer makes one of Ctrl-C too, which has not."""
+    return isinstance(error, SystemExit) and error.code != INTERRUPTED
 
 
 def _terminate(number: int, frame: FrameType | None) -> Any:

@@ -52,6 +52,13 @@ class IrlignWarning(UserWarning):
     """Something the user should know that does not stop the run; an error in the tests."""
 
 
+def interruption(error: BaseException | None) -> BaseException | None:
+    """The Ctrl-C or exit that an error began as, or None: what a library undoes on the way up may fail and hide it."""
+    while error is not None and isinstance(error, Exception):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine ran out of memory."""
     text = str(error).lower()

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from irlign.errors import RunError
+from irlign.errors import RunError, interruption
 from irlign.files import (
     PARTIAL,
     digest,
@@ -313,7 +313,7 @@ class Run:
         """Note how a stage ended; a disk too full even for that must not hide the error itself."""
         if self.path(".work", name, READY).exists():
             return
-        status = "failed" if isinstance(error, Exception) else "interrupted"
+        status = "interrupted" if interruption(error) else "failed"
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         with contextlib.suppress(OSError):
             self._record(name, {**entry, "status": status, **({"error": line} if status == "failed" else {})})
