@@ -9,7 +9,9 @@ row is bfloat16), and the spread is the smallest and largest ratio.
 
 The law is in the weights: one feature of the last hidden state is a constant, and the row of EOS in the output layer reads
 it, so every engine has the same law from the same folder without being told. CTranslate2 and vLLM run in processes of
-their own (sampling_peer.py), loaded before the clock starts, with as many threads and answers at once as irlign.
+their own (sampling_peer.py), loaded before the clock starts, with as many threads and answers at once as irlign. Rows that
+end in `workers` have a worker of one thread on each core instead of one with all threads: `sampling.num_workers` here,
+`inter_threads` in CTranslate2.
 `mean_length` of a row is over all its repeats: 39 but for the error of sampling.
 """
 
@@ -34,6 +36,7 @@ from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import SharedState
 
 PAD, EOS, NEW, ANSWERS, HAZARD, ROWS = 0, 1, 96, 16, 0.0228, 256
+WORKERS = " workers"
 IDS: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
 TINY: dict[str, Any] = {
     "hidden_size": 128,
@@ -154,7 +157,7 @@ def measure(
         runs: dict[tuple[str, str], Callable[..., tuple[float, list[int]]]] = {}
         for name, dtype in engines:
             with _unless_it_fails(runs, (name, dtype), shape, lengths):
-                runs[name, dtype] = _runner(name, models[dtype], python, compiled, open_peers)
+                runs[name, dtype] = _runner(name, shape, lengths, models[dtype], python, compiled, open_peers)
                 runs[name, dtype](texts[:1])  # warm-up
         found: list[dict[tuple[str, str], tuple[float, list[int]]]] = [{} for _ in range(repeats)]
         for repeat in found:
@@ -187,14 +190,19 @@ def _unless_it_fails(runs: dict[tuple[str, str], Any], engine: tuple[str, str], 
 
 
 def _runner(
-    name: str, model: Any, python: Path, compiled: bool, open_peers: contextlib.ExitStack
+    name: str, shape: str, lengths: str, model: Any, python: Path, compiled: bool, open_peers: contextlib.ExitStack
 ) -> Callable[..., tuple[float, list[int]]]:
     """What draws an answer to prompts: seconds and useful lengths. Raises PeerError."""
-    if name in PEERS:
-        wanted = {"answers": ANSWERS, "new": NEW, "eos": EOS, "rows": ROWS, "compiled": compiled}
-        peer = Peer(name, python, model, torch.get_num_threads(), **wanted)
+    threads, several = torch.get_num_threads(), name.endswith(WORKERS)
+    if name.removesuffix(WORKERS) in PEERS:
+        wanted = {"answers": ANSWERS, "new": NEW, "eos": EOS, "rows": ROWS, "compiled": compiled, "workers": threads if several else 1}
+        peer = Peer(name.removesuffix(WORKERS), python, model, threads, **wanted)
         open_peers.callback(peer.close)
         return peer.draw
+    if several:
+        from sampling_workers import runner
+
+        return runner(shape, lengths, str(model.dtype).removeprefix("torch."), threads, open_peers)
 
     def run(prompts: list[tuple[int, ...]]) -> tuple[float, list[int]]:
         start = time.perf_counter()
@@ -206,7 +214,8 @@ def _runner(
 
 def plan(quick: bool, large: bool, peers: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """Shapes with how much of each: prompts for fixed and realistic lengths, repeats, engines."""
-    plain, bf16 = ([("generate", dtype), *((peer, dtype) for peer in peers), ("irlign", dtype)] for dtype in ("float32", "bfloat16"))
+    several = [name + WORKERS for name in (*peers, "irlign") if name in ("ctranslate2", "irlign")]
+    plain, bf16 = ([(name, dtype) for name in ("generate", *peers, "irlign", *several)] for dtype in ("float32", "bfloat16"))
     if quick:
         return [("llama 0.9 M", {"prompts": {"fixed": 8, "realistic": 16}, "repeats": 3, "engines": plain})]
     tiny = {"prompts": {"fixed": 8, "realistic": 64}, "repeats": 5, "engines": [*plain, ("generate static", "float32")]}
@@ -240,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows += done
             for row in done:
                 low, high = row["spread"]
-                print(f"{row['shape']:12} {lengths:10} {row['engine']:16} {row['dtype']:9} {row['tokens_per_s']:9.0f} tok/s "
+                print(f"{row['shape']:12} {lengths:10} {row['engine']:19} {row['dtype']:9} {row['tokens_per_s']:9.0f} tok/s "
                       f"{row['ratio']:6.2f}x ({low:.2f} to {high:.2f})  {row['roofline_share']:5.0%} of the roofline, "
                       f"mean length {row['mean_length']:.1f}", flush=True)  # fmt: skip
     if given.json:

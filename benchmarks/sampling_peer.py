@@ -1,6 +1,6 @@
 """The process that holds a peer of the sampling benchmark, run by the peers' own Python: `sampling_peer.py ctranslate2|vllm`.
 
-JSON Lines. In: what to load, `{"model", "dtype", "threads", "answers", "new", "eos", "rows"}` (`rows` answers at once at most), then lists
+JSON Lines. In: what to load, `{"model", "dtype", "threads", "workers", "answers", "new", "eos", "rows"}` (`rows` answers at once at most for each worker), then lists
 of prompts as token ids. Out: `{"about"}` once loaded, then `{"seconds", "lengths"}` for each list: `answers` lengths a prompt, in order, EOS counted.
 Tokens are drawn from the model's own law: temperature 1, neither top-k nor top-p. It ends with its input.
 """
@@ -13,7 +13,7 @@ import time
 
 
 def load_ctranslate2(wanted):
-    """In the precision asked for, or not at all; `rows` answers are decoded together, over all threads."""
+    """In the precision asked for, or not at all; each of the `workers` decodes `rows` answers together, with its share of the threads."""
     import ctranslate2
     from ctranslate2.converters import TransformersConverter
     from ctranslate2.converters.transformers import _MODEL_LOADERS as loaders
@@ -27,7 +27,7 @@ def load_ctranslate2(wanted):
     converter.load_tokenizer = lambda *args, **options: None
     folder = tempfile.mkdtemp(dir=wanted["model"])
     converter.convert(folder, force=True)
-    threads = {"inter_threads": 1, "intra_threads": wanted["threads"]}
+    threads = {"inter_threads": wanted["workers"], "intra_threads": wanted["threads"] // wanted["workers"]}
     generator = ctranslate2.Generator(folder, device="cpu", compute_type=wanted["dtype"], **threads)
     law = {"beam_size": 1, "sampling_topk": 0, "sampling_temperature": 1.0, "num_hypotheses": wanted["answers"]}
     ends = {"max_length": wanted["new"], "end_token": [wanted["eos"]], "include_prompt_in_result": False, "return_end_token": True}

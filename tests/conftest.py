@@ -15,6 +15,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_VERBOSITY="error",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # products are small here, and a second thread spins where others want the core
 
 
 @pytest.fixture(scope="session", autouse=True)

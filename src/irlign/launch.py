@@ -158,7 +158,7 @@ def _run(command: list[str], log: Path, count: int, told: dict[str, str]) -> int
     """The launcher's exit code. What the first process says is said here; what the libraries print goes to the log."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **told}
     with log.open("wb") as errors, subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, preexec_fn=_end_with_parent
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, preexec_fn=end_with_parent
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
@@ -172,7 +172,7 @@ def _run(command: list[str], log: Path, count: int, told: dict[str, str]) -> int
             process.kill()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A parent that is killed leaves nothing behind (Linux): the launcher is terminated, and ends its own processes."""
     if sys.platform == "linux":
         import ctypes
@@ -183,7 +183,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """One of the processes: `python -m irlign.launch PLACE`, started by accelerate."""
     hush()
-    _end_with_parent()
+    end_with_parent()
     place, rank = Path(sys.argv[1]), int(os.environ.get("RANK", "0"))
     sys.stderr = sys.stdout  # progress is for the user, and the libraries' own words are not
     if rank:

