@@ -27,11 +27,15 @@ Load = Callable[[Any], tuple[Callable[[Any], Any], Any]]  # from what an earlier
 
 def spread(settings: SamplingSettings, load: Load, shards: Mapping[int, Any], name: str, told: Any = None) -> Iterator[tuple[int, Any]]:
     """`(number, result)` of every shard, in the order in which they are done: on the cluster where the engine is one, else in
-    `num_workers` processes here. Raises an error of irlign's own as it is, RunError where a process is lost or fails otherwise."""
+    `num_workers` processes here, for a single shard in this one. Raises an error of irlign's own as it is, RunError where a process is lost or fails otherwise."""
     if settings.spread:
         from irlign.sampling.cluster import spread as over_cluster
 
         yield from over_cluster(settings.cluster, load, shards, name, told)
+        return
+    if len(shards) == 1:  # nothing to share out
+        work, _ = load(told)
+        yield from ((number, work(shard)) for number, shard in shards.items())
         return
     with Processes(min(settings.num_workers, len(shards)), load, name, told) as processes:
         yield from processes.work(shards)
