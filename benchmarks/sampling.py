@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ def measure(
             for engine, run in list(runs.items()):
                 with _unless_it_fails(runs, engine, shape, lengths):
                     repeat[engine] = run(texts)
+                    seconds, drawn = repeat[engine]
+                    print(f"  {' '.join(engine)}: {sum(drawn)} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
     rows = []
     for name, dtype in runs:
         bases = [("generate", d) for d in dict.fromkeys(("float32", dtype)) if ("generate", d) in runs]
