@@ -21,7 +21,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.errors import ConfigError, IrlignError, RunError
 from irlign.files import hash_path, remove
-from irlign.machine import has_cuda
+from irlign.machine import end_with_parent, has_cuda
 from irlign.progress import hush, say
 
 LOG, CONFIG = "launch.log", "accelerate.yaml"
@@ -170,14 +170,6 @@ def _run(command: list[str], log: Path, count: int, told: dict[str, str]) -> int
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE_S)
             process.kill()
-
-
-def end_with_parent() -> None:
-    """A parent that is killed leaves nothing behind (Linux): the launcher is terminated, and ends its own processes."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
 
 
 def main() -> None:

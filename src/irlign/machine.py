@@ -72,6 +72,14 @@ def free_memory(device: str) -> int:
     return min(found, default=1 << 30)
 
 
+def end_with_parent() -> None:
+    """A parent that is killed leaves nothing behind (Linux): this process is terminated with it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+
+
 def environment() -> dict[str, Any]:
     """What a bug report needs: versions, system, devices, memory. Imports torch where it is installed."""
     found: dict[str, Any] = {**versions(), "system": platform.platform(), "cores": os.cpu_count()}

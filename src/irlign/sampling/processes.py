@@ -17,8 +17,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from irlign.errors import IrlignError, RunError
-from irlign.launch import end_with_parent
-from irlign.machine import has_cuda
+from irlign.machine import end_with_parent, has_cuda
 from irlign.progress import hush
 from irlign.sampling.engine import SamplingSettings
 
