@@ -375,3 +375,14 @@ def test_a_signal_is_told_even_where_a_library_makes_another_error_of_it(capsys,
 
     monkeypatch.setattr("irlign.machine.environment", library)
     assert _run(capsys, "env")[::2] == (code, f"irlign: {word}; the same command goes on where it stopped\n")
+
+
+def test_an_exit_that_a_library_asks_for_is_no_interruption(capsys, monkeypatch):
+    def library():
+        try:
+            sys.exit(3)
+        except SystemExit as error:
+            raise RunError("it ended", do="mend it") from error
+
+    monkeypatch.setattr("irlign.machine.environment", library)
+    assert _run(capsys, "env")[::2] == (1, "irlign: it ended\n  mend it\n")

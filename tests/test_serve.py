@@ -32,15 +32,16 @@ from irlign.optimise.best_of_n import select
 from irlign.optimise.distill import winners
 from irlign.pipeline import run_stage
 from irlign.policy.load import load_tokenizer
+from irlign.recipe import as_recipe
 from irlign.records import Prompt
 from irlign.reward.contrasts import ended
 from irlign.reward.load import load_reward
 from irlign.reward.log_ratio import LogRatio
-from irlign.runs import request_seed
-from irlign.sampling.engine import Request, SamplingSettings, load_engine
+from irlign.runs import Run, request_seed
+from irlign.sampling.engine import Request, SamplingSettings, check_engine, load_engine
 from irlign.serve import PATHS, Limits, Wanted, bind, startup
 from irlign.serving.answers import Answerer, Served
-from irlign.serving.load import load_answerer, one_core
+from irlign.serving.load import load_answerer, one_core, what_is_served
 from irlign.serving.protocol import Chat
 
 MOST = 2  # the label-free n that the run is given here; it drew 4 candidates of each prompt
@@ -379,6 +380,14 @@ def test_best_of_n_over_an_upstream(finished, prompts):
         max(rewards), abs=1e-4
     )
     assert (answer.usage.prompt_tokens, answer.irlign["drawn_tokens"]) == (10, 12) and answer.irlign["most_best_of"] is None
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(upstream="http://127.0.0.1:9/v1", upstream_model="served")])
+def test_a_run_drawn_by_several_processes_is_served_by_one(copied, wanted):
+    run = Run.read(copied)
+    served = what_is_served(run, as_recipe({**run.recipe, "sampling": {**run.recipe["sampling"], "num_workers": 4}}), wanted)
+    check_engine(served.sampling)
+    assert served.sampling.num_workers == 1
 
 
 def test_the_aligned_policy_is_the_default_where_one_was_published(copied):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from irlign.errors import IrlignError, interruption
+from irlign.errors import IrlignError, Terminated, interruption
 from irlign.progress import hush
 
 app = typer.Typer(
@@ -310,4 +310,4 @@ def _is_exit(error: BaseException) -> bool:
 def _terminate(number: int, frame: FrameType | None) -> Any:
     """SIGTERM ends the process like an error does, so that the run directory says that it was interrupted."""
     print("irlign: terminated; the same command goes on where it stopped", file=sys.stderr, flush=True)
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)

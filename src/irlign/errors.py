@@ -52,9 +52,13 @@ class IrlignWarning(UserWarning):
     """Something the user should know that does not stop the run; an error in the tests."""
 
 
+class Terminated(SystemExit):
+    """SIGTERM; any other exit is one that a library asks for, and no interruption."""
+
+
 def interruption(error: BaseException | None) -> BaseException | None:
-    """The Ctrl-C or exit that an error began as, or None: what a library undoes on the way up may fail and hide it."""
-    while error is not None and isinstance(error, Exception):
+    """The Ctrl-C or SIGTERM that an error began as, or None: what a library undoes on the way up may fail and hide it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
         error = error.__cause__ or error.__context__
     return error
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -80,6 +81,9 @@ def _doing(kind, told):
             raise ValueError("a bug")
         if shard == 3 and kind == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "dies as it answers":
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return b"more than the line between them holds" * 10**6
         return 2 * shard, told, os.environ["OMP_NUM_THREADS"]
 
     if kind == "loads not":
@@ -112,6 +116,28 @@ def test_an_error_in_a_process_is_one_line_here(kind, error, words):
     with pytest.raises(error) as found, Processes(2, partial(_doing, kind), "test") as processes:
         list(processes.work({n: n for n in range(6)}))
     assert words in str(found.value)
+    assert kind != "bug" or 'raise ValueError("a bug")' in found.value.__notes__[0]  # which --debug shows
+
+
+def test_a_process_that_is_lost_in_the_middle_of_its_answer(tmp_path):
+    with Processes(1, partial(_doing, "dies as it answers"), "test") as processes:
+        worker = processes.workers[0]
+        worker.send(1)
+        worker.process.wait(60)  # the beginning of its answer is on the line
+        with pytest.raises(RunError, match="test: a process was lost: exit code -9"):
+            worker.receive()
+
+
+def test_no_more_processes_share_the_memory_than_there_are_parts(tmp_path, monkeypatch):
+    policy = make_tiny_policy(tmp_path / "sft", seed=3)
+    monkeypatch.setattr("irlign.sampling.transformers_engine.free_memory", lambda kind: 2**19)
+    settings = SamplingSettings(max_new_tokens=8, num_workers=1000)  # all prompts are one part, which this process draws
+    many, one = (
+        draw_pool(policy, WANTED, s, chat_template="none", folder=tmp_path / str(s.num_workers), seed=7, name="sft")
+        for s in (settings, settings.model_copy(update={"num_workers": 1}))
+    )
+    assert many == one and one["settled"]["batch_tokens"] > 8
+    assert _bytes(tmp_path / "1000") == _bytes(tmp_path / "1")
 
 
 def test_a_parent_that_is_killed_leaves_no_process(tmp_path):

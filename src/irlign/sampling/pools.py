@@ -61,6 +61,7 @@ def draw_pool(
     size = settings.part_prompts
     paths = {first: folder / f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(wanted), size))}
     todo = {number: wanted[first : first + size] for number, (first, path) in enumerate(paths.items()) if not path.exists()}
+    settings = settings.model_copy(update={"num_workers": max(1, min(settings.num_workers, len(todo)))})  # who share the memory
     places, load = [*paths.values()], partial(_drawer, policy, settings, chat_template, seed, name)
     with Progress(f"sample {name}", sum(n for _, n in wanted), "samples") as bar:
         bar.advance(sum(n for first, path in paths.items() if path.exists() for _, n in wanted[first : first + size]))

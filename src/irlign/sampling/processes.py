@@ -112,7 +112,7 @@ class _Worker:
         """Its answer. Raises the IrlignError that it met, RunError for any other and where it is gone."""
         try:
             error, answer = self.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # an OSError where it was lost in the middle of its answer
             do = "what is stored stays, and the same command goes on; fewer sampling.num_workers need less memory"
             raise RunError(f"a process was lost: {self._last_words()}", where=self.name, do=do) from None
         if error is not None:
@@ -157,9 +157,10 @@ def main() -> None:
         except IrlignError as error:
             asked.send((error, None))
         except Exception as error:
-            traceback.print_exception(error)
             line = (str(error).strip() or "no message").splitlines()[0]
-            asked.send((RunError(f"unexpected {type(error).__name__} in a process: {line}"), None))
+            failed = RunError(f"unexpected {type(error).__name__} in a process: {line}", do="--debug shows the traceback")
+            failed.add_note(traceback.format_exc())
+            asked.send((failed, None))
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def _alarms(run: Run) -> list[dict[str, str]]:
 
 def _sampling(own: SamplingSettings, side: str, wanted: Wanted) -> SamplingSettings:
     """The run's law of drawing, in process or at the upstream, under whose name for the policy the run's settings know it unless another is given."""
+    own = own.model_copy(update={"num_workers": 1})  # one process serves
     if wanted.upstream is None:
         if wanted.upstream_model:
             raise ConfigError("there is no upstream for this model", where="--upstream-model", do="say --upstream http://HOST:PORT/v1 too")
