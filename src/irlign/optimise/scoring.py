@@ -49,7 +49,7 @@ def _scorer(folders: Mapping[str, Path], told: Any) -> tuple[Any, None]:
     for folder in folders.values():
         if not folder.is_dir():
             raise RunError(
-                "a node of the cluster does not see this folder",
+                "a worker does not see this folder",
                 where=folder,
                 do="give an output_dir on a file system that all nodes share",
             )

@@ -102,6 +102,15 @@ class SamplingSettings(Settings):
     vllm: VLLMSettings = Field(default_factory=VLLMSettings, description="engine=vllm: its Python and its arguments")
     cluster: ClusterSettings = Field(default_factory=ClusterSettings, description="engine=cluster: which, and what draws there")
 
+    @model_validator(mode="after")
+    def _spread_once(self) -> "SamplingSettings":
+        own = {"openai": "openai.max_concurrency", "cluster": "cluster.num_workers"}
+        if self.num_workers > 1 and self.engine in own:
+            raise ValueError(
+                f"engine={self.engine} is spread in a way of its own: sampling.{own[self.engine]}, and leave out sampling.num_workers"
+            )
+        return self
+
     @property
     def spread(self) -> bool:
         """Whether parts are drawn and scored on a cluster."""
@@ -230,13 +239,6 @@ def check_engine(settings: SamplingSettings, policies: Sequence[str] = ()) -> No
     Python that has vLLM, or Ray; what the nodes of a cluster have is not looked at, but for what this machine says of it."""
     if settings.engine not in ENGINES:
         raise ConfigError(f"no engine {settings.engine!r}", where="sampling.engine", do=f"use {' or '.join(ENGINES)}")
-    if settings.num_workers > 1 and settings.engine in ("openai", "cluster"):
-        do = {
-            "openai": "sampling.openai.max_concurrency says how much is asked for at once",
-            "cluster": "sampling.cluster.num_workers says how many work",
-        }
-        what = f"engine={settings.engine} is spread in a way of its own"
-        raise ConfigError(what, where="sampling.num_workers", do=do[settings.engine])
     if settings.spread:
         if find_spec("ray") is None:
             raise ConfigError("ray is not installed", where="sampling.engine", do="pip install 'irlign[cluster]'")

@@ -7,6 +7,7 @@ ends the work: what is stored stays.
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,7 +92,7 @@ class _Worker:
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.connection, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "irlign.sampling.processes", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", "irlign.sampling.processes", str(theirs.fileno())]
             self.process = subprocess.Popen(  # a session of its own: Ctrl-C is told to the process that asked, which ends this one
                 command, env=_environment(self.number, self.count), pass_fds=[theirs.fileno()], start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
@@ -121,9 +122,10 @@ class _Worker:
 
     def _last_words(self) -> str:
         code = self.process.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         self.log.seek(0)
         lines = [line.strip() for line in self.log if line.strip()]
-        return f"exit code {code}" + (f", {lines[-1]}" if lines else "")
+        return f"{how}, {lines[-1]}" if lines else how
 
 
 def _environment(number: int, count: int) -> dict[str, str]:
