@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shards import WORDS, to_score
 from tiny import make_tiny_policy
 
 from irlign.errors import ConfigError, DataError, RunError
@@ -17,7 +18,6 @@ from irlign.sampling.cluster import spread
 from irlign.sampling.engine import SamplingSettings, check_engine
 from irlign.sampling.pools import draw_pool
 
-WORDS = ("the", "a", "cat", "dog", "bird", "sat", "ran", "sang", "red", "blue")
 WANTED = [(Prompt.of(f"{a} {b}", "train"), 3) for a in WORDS for b in WORDS[:4]]  # 40 prompts, 10 parts
 
 
@@ -95,16 +95,8 @@ def test_two_nodes_give_the_bytes_of_one_process_whatever_is_killed(nodes, tmp_p
 def test_scores_are_those_of_one_machine_to_the_last_digit(nodes, tmp_path, monkeypatch):
     from irlign.data import batches
     from irlign.optimise.scoring import scores_of
-    from irlign.reward.publish import publish_log_ratios
 
-    (tmp_path / "policies").mkdir()
-    for seed, side in enumerate(("sft", "init")):
-        make_tiny_policy(tmp_path / "policies" / side, seed=seed)
-    hashes = {f"policies/{side}": {"sha256": "0"} for side in ("sft", "init")}
-    publish_log_ratios(tmp_path / "rewards", ["log-ratio", "likelihood"], hashes, chat_template="none", seed=0)
-    rewards = {name: tmp_path / "rewards" / name for name in ("log-ratio", "likelihood")}
-    prompts = [f"{a} {b}" for a in WORDS for b in WORDS]
-    answers = [" ".join([" cat sat"] * (1 + i % 5)) for i in range(len(prompts))]
+    rewards, prompts, answers = to_score(tmp_path)
     monkeypatch.setattr(batches, "BLOCK", 30)
     here = scores_of(rewards, prompts, answers, SamplingSettings(), tmp_path / "none")
     there = scores_of(rewards, prompts, answers, SamplingSettings(engine="cluster"), tmp_path / "kept")
