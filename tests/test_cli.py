@@ -374,7 +374,11 @@ def test_a_signal_is_told_even_where_a_library_makes_another_error_of_it(capsys,
             raise RunError("cannot be read") from error
 
     monkeypatch.setattr("irlign.machine.environment", library)
-    assert _run(capsys, "env")[::2] == (code, f"irlign: {word}; the same command goes on where it stopped\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C
+    try:
+        assert _run(capsys, "env")[::2] == (code, f"irlign: {word}; the same command goes on where it stopped\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_exit_that_a_library_asks_for_is_no_interruption(capsys, monkeypatch):
