@@ -95,7 +95,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self._start = self._shown = time.monotonic()
         self._history = deque([(self._start, 0)])
-        if not quiet() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if not quiet() and sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             _live.append(_live[0] if _live else _display())
             self._task = _live[0].add_task(self.line(), total=self.total)
         return self
