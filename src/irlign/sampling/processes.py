@@ -13,25 +13,23 @@ import sys
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from irlign.errors import IrlignError, RunError
 from irlign.machine import end_with_parent, has_cuda
 from irlign.progress import hush
+from irlign.sampling import cluster
+from irlign.sampling.cluster import Load
 from irlign.sampling.engine import SamplingSettings
-
-Load = Callable[[Any], tuple[Callable[[Any], Any], Any]]  # from what an earlier process told: what does a shard, and what this one tells
 
 
 def spread(settings: SamplingSettings, load: Load, shards: Mapping[int, Any], name: str, told: Any = None) -> Iterator[tuple[int, Any]]:
     """`(number, result)` of every shard, in the order in which they are done: on the cluster where the engine is one, else in
     `num_workers` processes here, for a single shard in this one. Raises an error of irlign's own as it is, RunError where a process is lost or fails otherwise."""
     if settings.spread:
-        from irlign.sampling.cluster import spread as over_cluster
-
-        yield from over_cluster(settings.cluster, load, shards, name, told)
+        yield from cluster.spread(settings.cluster, load, shards, name, told)
         return
     if len(shards) == 1:  # nothing to share out
         work, _ = load(told)
