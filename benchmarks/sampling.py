@@ -9,8 +9,8 @@ row is bfloat16), and the spread is the smallest and largest ratio.
 
 The law is in the weights: one feature of the last hidden state is a constant, and the row of EOS in the output layer reads
 it, so every engine has the same law from the same folder without being told. CTranslate2 and vLLM run in processes of
-their own (sampling_peer.py), loaded before the clock starts, with as many threads and answers at once as irlign. Rows that
-end in `workers` have a worker of one thread on each core instead of one with all threads: `sampling.num_workers` here,
+their own (sampling_peer.py), loaded before the clock starts, with as many threads as irlign. Each engine has as many answers at once as it was fastest with of 128, 256 and
+512 (the 0.9 M Llama, two cores). Rows that end in `workers` have a worker of one thread on each core instead of one with all threads: `sampling.num_workers` here,
 `inter_threads` in CTranslate2.
 `mean_length` of a row is over all its repeats: 39 but for the error of sampling.
 """
@@ -32,11 +32,13 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config, set_seed
 from transformers.models.auto import AutoModelForCausalLM
 
 from irlign.data.chat import pad
+from irlign.machine import freed_memory_kept
 from irlign.sampling.decoder import Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import SharedState
 
-PAD, EOS, NEW, ANSWERS, HAZARD, ROWS = 0, 1, 96, 16, 0.0228, 256
+PAD, EOS, NEW, ANSWERS, HAZARD = 0, 1, 96, 16, 0.0228
+ROWS = {"irlign": SamplingSettings().batch_size, "vllm": 512, "ctranslate2": 256}  # answers at once
 WORKERS = " workers"
 IDS: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
 TINY: dict[str, Any] = {
@@ -99,7 +101,7 @@ def static(model: Any, prompts: list[tuple[int, ...]]) -> list[int]:
     return generate(model, prompts, cache_implementation="static", disable_compile=True)
 
 
-def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = ROWS) -> list[int]:
+def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = ROWS["irlign"]) -> list[int]:
     """This package's decode loop, all prompts as one part."""
     wanted = [Row(prompt, 1000 * i + j, NEW) for i, prompt in enumerate(prompts) for j in range(ANSWERS)]
     context = model.config.max_position_embeddings
@@ -154,7 +156,7 @@ def measure(
     that cannot serve the shape is named on the terminal and has no row."""
     models = {dtype: make_model(shape, lengths, getattr(torch, dtype)) for _, dtype in engines}
     texts = make_prompts(prompts, models[engines[0][1]].config.vocab_size)
-    with contextlib.ExitStack() as open_peers:
+    with contextlib.ExitStack() as open_peers, freed_memory_kept():
         runs: dict[tuple[str, str], Callable[..., tuple[float, list[int]]]] = {}
         for name, dtype in engines:
             with _unless_it_fails(runs, (name, dtype), shape, lengths):
@@ -174,7 +176,7 @@ def measure(
         speeds = [{engine: sum(drawn) / seconds for engine, (seconds, drawn) in repeat.items()} for repeat in found]
         ratios = [speed[name, dtype] / max(speed[base] for base in bases) for speed in speeds]
         median = statistics.median(speed[name, dtype] for speed in speeds)
-        most = floor(models[dtype], counts, min(ROWS, ANSWERS * prompts), limits[dtype], limits["memory"])
+        most = floor(models[dtype], counts, min(ROWS["irlign"], ANSWERS * prompts), limits[dtype], limits["memory"])
         rows.append({
             "engine": name, "shape": shape, "dtype": dtype, "lengths": lengths, "tokens_per_s": median, "ratio": statistics.median(ratios),
             "spread": [min(ratios), max(ratios)], "roofline_share": median / most, "mean_length": statistics.mean(counts),
@@ -198,7 +200,8 @@ def _runner(
     """What draws an answer to prompts: seconds and useful lengths. Raises PeerError."""
     threads, several = torch.get_num_threads(), name.endswith(WORKERS)
     if name.removesuffix(WORKERS) in PEERS:
-        wanted = {"answers": ANSWERS, "new": NEW, "eos": EOS, "rows": ROWS, "compiled": compiled, "workers": threads if several else 1}
+        rows, workers = ROWS[name.removesuffix(WORKERS)], threads if several else 1
+        wanted = {"answers": ANSWERS, "new": NEW, "eos": EOS, "rows": rows, "compiled": compiled, "workers": workers}
         peer = Peer(name.removesuffix(WORKERS), python, model, threads, **wanted)
         open_peers.callback(peer.close)
         return peer.draw
@@ -221,7 +224,7 @@ def plan(quick: bool, large: bool, peers: Sequence[str] = ()) -> list[tuple[str,
     plain, bf16 = ([(name, dtype) for name in ("generate", *peers, "irlign", *several)] for dtype in ("float32", "bfloat16"))
     if quick:
         return [("llama 0.9 M", {"prompts": {"fixed": 8, "realistic": 16}, "repeats": 3, "engines": plain})]
-    tiny = {"prompts": {"fixed": 8, "realistic": 64}, "repeats": 5, "engines": [*plain, ("generate static", "float32")]}
+    tiny = {"prompts": {"fixed": 32, "realistic": 64}, "repeats": 5, "engines": [*plain, ("generate static", "float32")]}
     middle = {"prompts": {"realistic": 16}, "repeats": 3, "engines": plain + bf16}
     biggest = {"prompts": {"realistic": 8}, "repeats": 3, "engines": bf16}
     return [("llama 0.9 M", tiny), ("gpt-2 small", middle), *([("qwen 0.5 B", biggest)] if large else [])]

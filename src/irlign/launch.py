@@ -21,7 +21,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.errors import ConfigError, IrlignError, RunError
 from irlign.files import hash_path, remove
-from irlign.machine import end_with_parent, has_cuda
+from irlign.machine import end_with_parent, freed_memory_kept, has_cuda
 from irlign.progress import hush, say
 
 LOG, CONFIG = "launch.log", "accelerate.yaml"
@@ -185,7 +185,7 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before a model is put on "the" device
     address, key = os.environ.pop(ADDRESS), bytes.fromhex(os.environ.pop(KEY))
-    with Client(address, authkey=key) as told:
+    with freed_memory_kept(), Client(address, authkey=key) as told:
         function, args, options = told.recv()
         _answer(told, place, rank, function, args, options)
 

@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from irlign.errors import ConfigError
 
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # where a user settles what `freed_memory_kept` would
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -70,6 +72,28 @@ def free_memory(device: str) -> int:
         group = Path("/sys/fs/cgroup")
         found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return min(found, default=1 << 30)
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, memory that is freed stays with this process for what it allocates next; then the system has it back.
+
+    With glibc, which else asks the system for every large tensor anew, and each page of it is cleared when it is first touched: a
+    tenth of the time that small models take on a CPU. Elsewhere nothing changes. Thresholds set in the environment stand.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ALLOCATOR):
+        yield
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    most = next((size for size in (1 << 30, 1 << 25) if libc.mallopt(-3, size)), 0)  # M_MMAP_THRESHOLD; old ones take no more than 32 MiB
+    if most:
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
 
 
 def end_with_parent() -> None:

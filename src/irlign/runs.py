@@ -30,7 +30,7 @@ from irlign.files import (
     take_lock,
     write_json,
 )
-from irlign.machine import peak_memory_mib, reset_peak_memory, versions
+from irlign.machine import freed_memory_kept, peak_memory_mib, reset_peak_memory, versions
 from irlign.manifest import is_entry, overlap, read_stages, what_changed
 from irlign.progress import say
 
@@ -146,7 +146,7 @@ class Run:
             reset_peak_memory()
             try:
                 self._record(name, entry)
-                with _events_kept(self.path(TRACKED, name)):
+                with freed_memory_kept(), _events_kept(self.path(TRACKED, name)):
                     notes = build(folder)
                 self._seal(folder, {**entry, "notes": plain(notes or {}), "seconds": round(time.monotonic() - started, 3)})
             except BaseException as error:

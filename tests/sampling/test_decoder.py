@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES, make_model
 
 from irlign.sampling.attention import attention
-from irlign.sampling.decoder import Decoder, Room, Row
+from irlign.sampling.decoder import ALL_THERE, MORE_MAY_COME, Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
 
@@ -77,8 +77,8 @@ def _decode(model, rows, kind="shared", room=None, ends=(2,), **settings):
     return tuple([found[row][part] for row in rows] for part in (0, 1))
 
 
-def _decoder(model, kind="shared", ends=(2,), patience=0, **settings):
-    about = {"ends": ends, "context": 64, "stopped": lambda rows, _: np.zeros(len(rows), bool), "patience": patience}
+def _decoder(model, kind="shared", ends=(2,), joining=ALL_THERE, **settings):
+    about = {"ends": ends, "context": 64, "stopped": lambda rows, _: np.zeros(len(rows), bool), "joining": joining}
     return Decoder(STATES[kind](model, 3), SamplingSettings(**settings), **about)
 
 
@@ -116,10 +116,14 @@ def test_the_room_is_kept(monkeypatch):
     assert 50 < max(s[1] for s in seen) <= 100
 
 
-@pytest.mark.parametrize(("late", "patience", "turns"), [(2, 4, 1), (1, 4, 5), (1, 0, 1)], ids=["a quarter", "fewer", "none more come"])
-def test_few_that_come_late_are_held_back_for_a_while(late, patience, turns):
+@pytest.mark.parametrize(
+    ("late", "joining", "turns"),
+    [(2, MORE_MAY_COME, 1), (1, MORE_MAY_COME, 5), (1, ALL_THERE, 1)],
+    ids=["a quarter", "fewer", "none more come"],
+)
+def test_few_that_come_late_are_held_back_for_a_while(late, joining, turns):
     """Beside eight rows, two may join at once and one after four turns, where more may come."""
-    decoder, room = _decoder(make_model("llama"), ends=(), patience=patience), Room(64, 10**6)
+    decoder, room = _decoder(make_model("llama"), ends=(), joining=joining), Room(64, 10**6)
     decoder.add([Row(PROMPTS[0], seed, 50) for seed in range(8)])
     decoder.turn(room)
     decoder.add([Row(PROMPTS[1], seed, 50) for seed in range(late)])

@@ -305,4 +305,5 @@ def test_memory_that_runs_out_starts_only_unfinished_answers_anew(folder, monkey
 
     monkeypatch.setattr(Decoder, "turn", failing)
     assert [d.ids for d in engine.answers(_requests())] == [d.ids for d in whole] and engine.halvings == 1
-    assert rooms[3][0] == 256 and rooms[4] == (128, rooms[3][1]) and rooms[3][1] < rooms[0][1]
+    rows = engine.settings.batch_size
+    assert rooms[3][0] == rows and rooms[4] == (rows // 2, rooms[3][1]) and rooms[3][1] < rooms[0][1]

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 NAME = "irlign_shared_prompts"
-GROW = 16  # tokens by which the room for own keys grows: kept tight, since products over part of a buffer are slow
+GROW = 16  # tokens by which the room for own keys grows: products go over all of it, since over part of a buffer they are slow
 
 
 class Cohort:
@@ -59,10 +59,10 @@ class Cohort:
     def reserve(self) -> None:
         """Room for one more token of every row."""
         if self.age == self.own[0][0].shape[2]:
-            self.own = [tuple(self._tight(part) for part in layer) for layer in self.own]
+            self.own = [tuple(torch.nn.functional.pad(part, (0, 0, 0, GROW)) for part in layer) for layer in self.own]
 
     def keep(self, kept_B: np.ndarray) -> None:
-        """Only these rows (ascending) go on, with room for GROW more tokens; prompts without rows are let go."""
+        """Only these rows (ascending) go on; prompts without rows are let go."""
         left_P, which_B = np.unique(self.which_B[kept_B], return_inverse=True)
         device = self.place_B.device
         if len(left_P) < self.grid[0]:
@@ -71,16 +71,8 @@ class Cohort:
             self.bias_P_1_1_T = None if self.bias_P_1_1_T is None else self.bias_P_1_1_T[left]
         kept = torch.from_numpy(kept_B).to(device)
         for i, layer in enumerate(self.own):
-            self.own[i] = tuple(self._tight(part[kept, :, : self.age]) for part in layer)
+            self.own[i] = tuple(part[kept] for part in layer)
         self._place(which_B)
-
-    def _tight(self, part_B_H_T_D: torch.Tensor) -> torch.Tensor:
-        """The same with room for GROW more tokens and no more."""
-        room = self.age + GROW
-        tight = part_B_H_T_D.new_empty(*part_B_H_T_D.shape[:2], room, part_B_H_T_D.shape[3])
-        tight[:, :, : self.age] = part_B_H_T_D[:, :, : self.age]
-        tight[:, :, self.age :] = 0.0  # never read as a key, but 0 times it must be 0
-        return tight
 
     def attend(
         self,

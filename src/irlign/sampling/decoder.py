@@ -17,8 +17,6 @@ from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import State
 
 LOOK_EVERY = 8  # steps of a turn, between looks for finished rows: each costs a copy of the rows that stay
-JOIN_SHARE = 0.25  # of the running rows should join at once: each group of joiners is attended to by itself, which costs time
-PATIENCE = 4  # turns in which the last that wait, if they are fewer, are held back for company where more may come
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +36,19 @@ class Room:
     rows: int
     tokens: int
     row_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Joining:
+    """When waiting rows join those that run: `share` of these at once, since each group of joiners is attended to by itself, which costs
+    time; the last that wait, if they are fewer, are held back for company for `patience` turns."""
+
+    share: float
+    patience: int
+
+
+ALL_THERE = Joining(share=0.5, patience=0)
+MORE_MAY_COME = Joining(share=0.25, patience=4)  # somebody waits for each of them
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ Ended = tuple[Row, list[int], np.ndarray]  # a row, its token ids (EOS included)
 
 class Decoder:
     """Draws rows to their ends. `stopped(rows, drawn ids)` says which of them are over for another reason than EOS; it is asked where there
-    are stop strings or somebody watches. Where more may come, the last that wait are held back for company for `patience` turns."""
+    are stop strings or somebody watches."""
 
     def __init__(
         self,
@@ -104,9 +115,9 @@ class Decoder:
         ends: Sequence[int],
         context: int,
         stopped: Callable[[list[Row], list[np.ndarray]], np.ndarray],
-        patience: int = 0,
+        joining: Joining = ALL_THERE,
     ):
-        self.state, self.settings, self.context, self.stopped, self.patience = state, settings, context, stopped, patience
+        self.state, self.settings, self.context, self.stopped, self.joining = state, settings, context, stopped, joining
         self.ends = torch.tensor(list(ends), device=state.model.device)
         self.waiting, self.running, self.held = list[Row](), list[Row](), 0
         self.batch = Batch.of([], self.ends.device)
@@ -143,8 +154,9 @@ class Decoder:
             if (count or self.running) and own + longest * (len(distinct) if self.state.joins else count + 1) > room.tokens:
                 break
             count += 1
-        few = count < JOIN_SHARE * len(self.running)
-        if few and (count < JOIN_SHARE * len(self.waiting) or self.held < self.patience):
+        share, patience = self.joining.share, self.joining.patience
+        few = count < share * len(self.running)
+        if few and (count < share * len(self.waiting) or self.held < patience):
             self.held += 1
             return
         self.held = 0

@@ -88,7 +88,7 @@ class SamplingSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus: the smallest set of tokens with this probability")
     top_k: int = Field(0, ge=0, description="only the k most likely tokens; 0 = all")
     stop: list[str] = Field(default_factory=list, description="strings that end an answer (removed from it)")
-    batch_size: int = Field(256, ge=1, description="most answers drawn side by side; fewer where memory is short")
+    batch_size: int = Field(512, ge=1, description="most answers drawn side by side; fewer where memory is short")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision; auto = bfloat16 where it is supported and faster")
     part_prompts: int = Field(64, ge=1, description="prompts in one stored part: the unit of resume")
     num_workers: int = Field(

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from irlign.errors import IrlignError, RunError
-from irlign.machine import end_with_parent, has_cuda
+from irlign.machine import end_with_parent, freed_memory_kept, has_cuda
 from irlign.progress import hush
 from irlign.sampling import cluster
 from irlign.sampling.cluster import Load
@@ -145,7 +145,7 @@ def main() -> None:
     asked = Connection(int(sys.argv[1]))
     import irlign.sampling.transformers_engine  # noqa: F401 -- most of the start, beside that of the others
 
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
+    with freed_memory_kept(), contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
         try:
             load, told = asked.recv()
             work, told = load(told)

@@ -24,7 +24,7 @@ from irlign.errors import DataError, ModelError, out_of_memory
 from irlign.machine import free_memory
 from irlign.policy.load import load_policy
 from irlign.records import Sample
-from irlign.sampling.decoder import PATIENCE, Decoder, Ended, Room, Row
+from irlign.sampling.decoder import ALL_THERE, MORE_MAY_COME, Decoder, Ended, Joining, Room, Row
 from irlign.sampling.ending import ending
 from irlign.sampling.engine import Drawn, Request, SamplingSettings
 from irlign.sampling.state import CopiedState, SharedState, serves
@@ -77,7 +77,7 @@ class TransformersEngine:
 
     def drawing(self) -> "JoinedDrawing":
         """Requests to be drawn together, none yet."""
-        return JoinedDrawing(self, PATIENCE)
+        return JoinedDrawing(self, MORE_MAY_COME)
 
     def draw(self, requests: Sequence[Request]) -> list[Sample]:
         """Samples for every request, in order. Batches never cross calls.
@@ -123,15 +123,15 @@ class JoinedDrawing:
     Memory that runs out halves the batch from then on, and starts the answers that are not there anew; `halvings` says how often.
     """
 
-    def __init__(self, engine: TransformersEngine, patience: int = 0):
-        self.engine, self.patience, self.halvings, self.open = engine, patience, 0, dict[int, _Open]()
+    def __init__(self, engine: TransformersEngine, joining: Joining = ALL_THERE):
+        self.engine, self.joining, self.halvings, self.open = engine, joining, 0, dict[int, _Open]()
         self.decoder = self._decoder()
 
     def _decoder(self) -> Decoder:
         e = self.engine
         state = e.state(e.policy.model, e.policy.pad_id)
         limit = e.policy.max_length
-        return Decoder(state, e.settings, ends=e.eos_ids, context=limit, stopped=self._stopped, patience=self.patience)
+        return Decoder(state, e.settings, ends=e.eos_ids, context=limit, stopped=self._stopped, joining=self.joining)
 
     def add(self, requests: Mapping[int, Request]) -> None:
         """These begin as soon as there is room. Raises DataError, and adds none, where a prompt leaves no room for an answer."""
