@@ -9,8 +9,8 @@ row is bfloat16), and the spread is the smallest and largest ratio.
 
 The law is in the weights: one feature of the last hidden state is a constant, and the row of EOS in the output layer reads
 it, so every engine has the same law from the same folder without being told. CTranslate2 and vLLM run in processes of
-their own (sampling_peer.py), loaded before the clock starts, with as many threads as irlign. Each engine has as many answers at once as it was fastest with of 128, 256 and
-512 (the 0.9 M Llama, two cores). Rows that end in `workers` have a worker of one thread on each core instead of one with all threads: `sampling.num_workers` here,
+their own (sampling_peer.py), loaded before the clock starts, with as many threads as irlign, and with irlign's thresholds of the allocator, which help them too. How
+many answers each draws at once is in ROWS; `generate` draws 8 prompts at once. Rows that end in `workers` have a worker of one thread on each core instead of one with all threads: `sampling.num_workers` here,
 `inter_threads` in CTranslate2.
 `mean_length` of a row is over all its repeats: 39 but for the error of sampling.
 """

@@ -14,6 +14,7 @@ from typing import Any
 PEERS = ("ctranslate2", "vllm")
 PYTHON = Path(__file__).parents[1] / ".venv-vllm/bin/python"
 CHILD = Path(__file__).with_name("sampling_peer.py")
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}  # what irlign's `freed_memory_kept` sets
 LOOK = f"import importlib.util as u, json; print(json.dumps([name for name in {PEERS!r} if u.find_spec(name)]))"
 
 
@@ -44,7 +45,7 @@ class Peer:
         model.save_pretrained(self.folder.name)
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
         environment = {
-            **os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2",
+            **os.environ, **KEPT, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": "",
         }  # fmt: skip
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "encoding": "utf-8"}

@@ -21,7 +21,7 @@ from pydantic import Field
 from irlign.config import Settings
 from irlign.errors import ConfigError, IrlignError, RunError
 from irlign.files import hash_path, remove
-from irlign.machine import end_with_parent, freed_memory_kept, has_cuda
+from irlign.machine import end_with_parent, freed_memory_kept, give_memory_back, has_cuda
 from irlign.progress import hush, say
 
 LOG, CONFIG = "launch.log", "accelerate.yaml"
@@ -157,6 +157,7 @@ def _command(processes: ProcessSettings, place: Path) -> list[str]:
 def _run(command: list[str], log: Path, count: int, told: dict[str, str]) -> int:
     """The launcher's exit code. What the first process says is said here; what the libraries print goes to the log."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ, **told}
+    give_memory_back()
     with log.open("wb") as errors, subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True, preexec_fn=end_with_parent
     ) as process:  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from irlign.errors import ConfigError
 
-ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")  # where a user settles what `freed_memory_kept` would
+ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # where a user settles what `freed_memory_kept` would
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -65,6 +65,7 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
+    give_memory_back()
     found = []
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
         found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10)
@@ -76,24 +77,45 @@ def free_memory(device: str) -> int:
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Inside, memory that is freed stays with this process for what it allocates next; then the system has it back.
+    """Inside, memory that is freed stays with this process for what it allocates next; at the end, and with `give_memory_back`, the system
+    has it again.
 
-    With glibc, which else asks the system for every large tensor anew, and each page of it is cleared when it is first touched: a
-    tenth of the time that small models take on a CPU. Elsewhere nothing changes. Thresholds set in the environment stand.
+    With glibc, which else asks the system for a large tensor anew each time, and every page of it is cleared when it is first touched.
+    Elsewhere, and where the environment says how glibc is to do it, nothing changes. What glibc learns by itself about the sizes that come
+    is lost; after the block it goes by the most that it would learn. A block inside another ends both.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in ALLOCATOR):
+    if not _settable():
         yield
         return
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    most = next((size for size in (1 << 30, 1 << 25) if libc.mallopt(-3, size)), 0)  # M_MMAP_THRESHOLD; old ones take no more than 32 MiB
-    if most:
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    _thresholds(mmap=(1 << 30, 1 << 25), trim=(1 << 31) - 1)  # old versions take no more than 32 MiB
     try:
         yield
     finally:
-        libc.malloc_trim(0)
+        _thresholds(mmap=(1 << 25,), trim=1 << 26)
+        give_memory_back()
+
+
+def _settable() -> bool:
+    """Whether this is glibc, and nobody has settled it."""
+    told = any(name in os.environ for name in ALLOCATOR) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return platform.libc_ver()[0] == "glibc" and not told
+
+
+def _thresholds(*, mmap: tuple[int, ...], trim: int) -> None:
+    """From how many bytes on a block is the system's own (the first that glibc takes), and how many may lie free at the end of the heap."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if any(libc.mallopt(-3, size) for size in mmap):  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim)  # M_TRIM_THRESHOLD
+
+
+def give_memory_back() -> None:
+    """What is freed and kept goes to the system: before another process needs it, or somebody asks how much is free."""
+    if _settable():
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from irlign.errors import GuardError, RunError, memory_errors
 from irlign.files import read_table, table_parts, write_table
-from irlign.machine import versions
+from irlign.machine import give_memory_back, versions
 from irlign.progress import Progress
 from irlign.records import Prompt, Sample
 from irlign.runs import Run, request_seed
@@ -122,6 +122,7 @@ def _drawn(
         yield number, draw(part)
     del draw
     gc.collect()
+    give_memory_back()
 
 
 def _settled(folder: Path) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from irlign.errors import IrlignError, RunError
-from irlign.machine import end_with_parent, freed_memory_kept, has_cuda
+from irlign.machine import end_with_parent, freed_memory_kept, give_memory_back, has_cuda
 from irlign.progress import hush
 from irlign.sampling import cluster
 from irlign.sampling.cluster import Load
@@ -46,6 +46,7 @@ class Processes:
         self.count, self.load, self.name, self.told = count, load, name, told
 
     def __enter__(self) -> "Processes":
+        give_memory_back()
         with contextlib.ExitStack() as stack:
             self.workers = [stack.enter_context(_Worker(number, self.count, self.name)) for number in range(self.count)]
             told = self.told

@@ -21,7 +21,7 @@ from typing import Any
 from irlign.data.chat import Format, context_length
 from irlign.errors import DataError, ModelError
 from irlign.files import read_json
-from irlign.machine import python_with
+from irlign.machine import give_memory_back, python_with
 from irlign.policy.load import load_config, load_tokenizer
 from irlign.records import Sample
 from irlign.sampling.ending import ending
@@ -108,6 +108,7 @@ class Child:
         """Starts it and waits until the model is loaded; `about` is what it says then. Raises ModelError where it cannot."""
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "encoding": "utf-8"}
+        give_memory_back()
         self.process = subprocess.Popen([python, str(CHILD)], start_new_session=True, **pipes)
         self._end = weakref.finalize(self, _end, self.process)
         self._write(wanted)
