@@ -63,20 +63,40 @@ def test_more_candidates_ask_for_more():
     assert choose([one])[1] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
 
 
+def _measures(tokens=20.0, distinct_answers=0.8, **nats):
+    """What alarms are made of; KLs are (low, mean, high)."""
+    nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
+    found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
+    return {"tokens": tokens, "distinct_answers": distinct_answers, **found}
+
+
 def test_each_alarm_goes_off_where_it_should():
-    sft, fine = {"tokens": 20.0, "distinct_answers": 0.8}, np.tile([0.4, 0.2], 20)
-    assert alarms_of({"tokens": 29.0, "distinct_answers": 0.41}, sft, fine, [fine - 0.1]) == []
+    sft, fine = _measures(kl_initial=(0.9, 1.0, 1.1)), np.tile([0.4, 0.2], 20)
+    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41), sft, fine, [fine - 0.1]) == []
     grown, repeated, below, turned = (
-        alarms_of({"tokens": 31.0, "distinct_answers": 0.8}, sft, fine, []),
-        alarms_of({"tokens": 20.0, "distinct_answers": 0.39}, sft, fine, []),
-        alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, -fine, []),
-        alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, fine, [fine + 0.2, fine - 0.2]),
+        alarms_of(_measures(tokens=31.0), sft, fine, []),
+        alarms_of(_measures(distinct_answers=0.39), sft, fine, []),
+        alarms_of(_measures(), sft, -fine, []),
+        alarms_of(_measures(), sft, fine, [fine + 0.2, fine - 0.2]),
     )
     assert [a["name"].split("'s ")[-1] for a in grown + repeated] == ["answers have grown", "answers repeat"]
     assert "turns down" in below[0]["name"] and "-0.30 sd, and was +0.00" in below[0]["seen"]
     assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
     noisy = np.random.default_rng(0).normal(size=40)
-    assert alarms_of({"tokens": 20.0, "distinct_answers": 0.8}, sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
+    assert alarms_of(_measures(), sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
+
+
+def test_a_policy_far_from_sft_raises_an_alarm_however_it_is_judged():
+    """Far: the whole interval beyond what the best of 64 costs (log 64 - 63/64 = 3.17 nats) and beyond what SFT has moved."""
+    fine = np.tile([0.4, 0.2], 20)
+
+    def alarms(moved, sft_moved):
+        return alarms_of(_measures(kl_sft=moved), _measures(kl_initial=sft_moved), fine, [])
+
+    assert alarms((3.17, 3.6, 4.0), (0.9, 1.0, 1.1)) == [] and alarms((5.0, 5.5, 6.0), (4.4, 4.7, 5.0)) == []
+    (far,), (beyond,) = alarms((3.18, 3.6, 4.0), (0.9, 1.0, 1.1)), alarms((5.1, 5.5, 6.0), (4.4, 4.7, 5.0))
+    assert far["name"] == beyond["name"] == "the aligned policy has moved far from SFT"
+    assert beyond["seen"] == "5.5 nats an answer; SFT moved 4.7 from the initial policy, and the best of 64 answers 3.2"
 
 
 def test_a_candidate_with_an_alarm_is_not_published():

@@ -69,7 +69,9 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
         (p, work.settings.generations)
         for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
     ]
-    base = sft.measures(work.settings.generations)
+    few = [s for s in sft.samples if s.index < work.settings.generations]
+    nats = [answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init")]
+    base = {**sft.measures(work.settings.generations), "kl_initial": kl(Judged(few, np.zeros(len(few))), nats[0], nats[1])}
     found: list[Candidate] = []
     kept = "no train prompt has a finished answer to learn from"
     for number in range(1, work.settings.rounds + 1):
@@ -80,9 +82,7 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
-    few = [s for s in sft.samples if s.index < work.settings.generations]
-    nats = [answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init")]
-    return choice_of(found, {**base, "kl_initial": kl(Judged(few, np.zeros(len(few))), nats[0], nats[1])}, kept)
+    return choice_of(found, base, kept)
 
 
 def improve(work: Work, number: int, shown: Sequence[Demonstration], version: str) -> bool:
@@ -107,7 +107,7 @@ def weighed(
     number: int,
     answers: Sequence[Sample],
     sft: Judged,
-    base: dict[str, float],
+    base: dict[str, Any],
     shown: Sequence[Demonstration],
     earlier: Sequence[np.ndarray],
 ) -> Candidate:
@@ -120,15 +120,15 @@ def weighed(
     judged = Judged(answers, logits)
     policies = (work.round(number) / "policy", *(work.run.path("policies", name) for name in ("sft", "init")))
     own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
-    gains, measures = judged_gains(judged, sft), judged.measures(work.settings.generations)
+    gains = judged_gains(judged, sft)
     say(f"optimise: round {number}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
     about: dict[str, Any] = {
         **{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
-        **measures,
+        **judged.measures(work.settings.generations),
     }
     log = read_json(work.round(number) / "log.json")
     about |= {"drawn": work.drawn(number) + sum(s.tokens for s in answers) + log.get("drawn", 0), "judge_auc": auc}
-    return Candidate(f"round-{number}", gains, {**about, "alarms": alarms_of(measures, base, gains, earlier), "training": log})
+    return Candidate(f"round-{number}", gains, {**about, "alarms": alarms_of(about, base, gains, earlier), "training": log})
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from irlign.optimise.label_free import ALPHA, lower_bounds
 from irlign.records import Sample
-from irlign.statistics import estimate
+from irlign.statistics import estimate, kl_bound
 
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers so many times as frequent
+FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
 
 
@@ -70,10 +71,13 @@ def kl(answers: Judged, own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any
 
 
 def alarms_of(
-    measures: Mapping[str, float], sft: Mapping[str, float], gains_P: np.ndarray, earlier: Sequence[np.ndarray]
+    measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[np.ndarray]
 ) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, and a judged gain that is
-    shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, a policy that has moved far from
+    pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
+
+    Far is `kl_sft` (its whole interval) beyond what the best of FAR answers costs and beyond `kl_initial` of pi_SFT: the judge has seen no
+    such answers, and what training finds out there pleases it for nothing.
     """
     found = []
     if measures["tokens"] > LONGER * sft["tokens"]:
@@ -84,6 +88,11 @@ def alarms_of(
         found.append(
             ("the aligned policy's answers repeat", seen, "lower optimise.num_train_epochs or learning_rate, or raise optimise.winners")
         )
+    moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
+    if moved["ci95"][0] > max(most, sft_moved["ci95"][1]):
+        seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers {most:.1f}"
+        do = "lower optimise.learning_rate or num_train_epochs, or hold it harder (optimise.preference.beta, optimise.on_policy.beta)"
+        found.append(("the aligned policy has moved far from SFT", seen, do))
     best = max([np.zeros_like(gains_P), *earlier], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
         seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
