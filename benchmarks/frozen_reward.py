@@ -22,7 +22,7 @@ from irlign import __version__, pipeline
 from irlign.config import parse_seeds
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, write_json
-from irlign.optimise.align import improve, weighed
+from irlign.optimise.align import improve, measures_of_sft, weighed
 from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config
 from irlign.optimise.safety_net import Judged
 from irlign.recipe import as_recipe
@@ -96,13 +96,14 @@ def study(root: Path, seed: int, rounds: int, overrides: Sequence[str]) -> dict[
         golden, shown = recipe.world.golden, stored_demonstrations(run, "dev")  # type: ignore[union-attr]
         rows = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
         sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
-        base, pool = sft.measures(recipe.optimise.generations), stored_samples(run, "sft", "dev", "test")
+        pool = stored_samples(run, "sft", "dev", "test")
         wanted = [(p, recipe.optimise.generations) for p in {s.prompt.prompt_id: s.prompt for s in pool}.values()]
         start = measures(golden, [s for s in pool if s.prompt.split == "test"], np.zeros(len(shown)), [])
         found: dict[str, list[dict[str, Any]]] = {}
         for arm in ARMS:
             work = Work(run, recipe.optimise, recipe.sampling, recipe.reward.name, recipe.data.chat_template, run.path("arms", arm))
             work = replace(work, learning=recipe.reward)
+            base = measures_of_sft(work, sft)
             found[arm] = [start]
             for number in range(1, rounds + 1):
                 if number == 1 and arm != ARMS[0] and not work.round(1).exists():

@@ -69,9 +69,7 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
         (p, work.settings.generations)
         for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
     ]
-    few = [s for s in sft.samples if s.index < work.settings.generations]
-    nats = [answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init")]
-    base = {**sft.measures(work.settings.generations), "kl_initial": kl(Judged(few, np.zeros(len(few))), nats[0], nats[1])}
+    base = measures_of_sft(work, sft)
     found: list[Candidate] = []
     kept = "no train prompt has a finished answer to learn from"
     for number in range(1, work.settings.rounds + 1):
@@ -100,6 +98,13 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     log = launch(work.processes, method.train, work.start(number, method.start), rows, shown, work.settings, **options)
     write_json(place / "log.json", {**log, **new})
     return True
+
+
+def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
+    """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
+    few = [s for s in sft.samples if s.index < work.settings.generations]
+    own, initial = (answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init"))
+    return {**sft.measures(work.settings.generations), "kl_initial": kl(Judged(few, np.zeros(len(few))), own, initial)}
 
 
 def weighed(
