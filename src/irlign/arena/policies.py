@@ -19,7 +19,8 @@ from irlign.reward.publish import LIKELIHOOD, publish_log_ratios
 OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
-# Over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml, the others are not tuned, and draw and train unlike numbers of tokens.
+# Over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml. Of the others the learning rate was looked at, on one
+# development seed (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "distill": {"answers": 32, "winners": 2, "learning_rate": 1e-3, "num_train_epochs": 4},
     "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
