@@ -96,7 +96,7 @@ def test_a_policy_far_from_sft_raises_an_alarm_however_it_is_judged():
     assert alarms((3.17, 3.6, 4.0), (0.9, 1.0, 1.1)) == [] and alarms((5.0, 5.5, 6.0), (4.4, 4.7, 5.0)) == []
     (far,), (beyond,) = alarms((3.18, 3.6, 4.0), (0.9, 1.0, 1.1)), alarms((5.1, 5.5, 6.0), (4.4, 4.7, 5.0))
     assert far["name"] == beyond["name"] == "the aligned policy has moved far from SFT"
-    assert beyond["seen"] == "5.5 nats an answer; SFT moved 4.7 from the initial policy, and the best of 64 answers 3.2"
+    assert beyond["seen"] == "5.5 nats an answer; SFT moved 4.7 from the initial policy, and the best of 64 answers at most 3.2"
 
 
 def test_a_candidate_with_an_alarm_is_not_published():

@@ -76,7 +76,7 @@ def alarms_of(
     """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, a policy that has moved far from
     pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
 
-    Far is `kl_sft` (its whole interval) beyond what the best of FAR answers costs and beyond `kl_initial` of pi_SFT: the judge has seen no
+    Far is `kl_sft` (its whole interval) beyond what the best of FAR answers costs at most and beyond `kl_initial` of pi_SFT: the judge has seen no
     such answers, and what training finds out there pleases it for nothing.
     """
     found = []
@@ -90,8 +90,8 @@ def alarms_of(
         )
     moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
     if moved["ci95"][0] > max(most, sft_moved["ci95"][1]):
-        seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers {most:.1f}"
-        do = "lower optimise.learning_rate or num_train_epochs, or hold it harder (optimise.preference.beta, optimise.on_policy.beta)"
+        seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers at most {most:.1f}"
+        do = "lower optimise.learning_rate or num_train_epochs, or hold it harder where the method has a beta"
         found.append(("the aligned policy has moved far from SFT", seen, do))
     best = max([np.zeros_like(gains_P), *earlier], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
