@@ -51,7 +51,8 @@ class VLLMEngine:
         ends = read_json(file).get("eos_token_id") if file.is_file() else None
         self.eos_ids = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         dtype = (settled or {}).get("dtype", settings.dtype)
-        model = {"model": str(policy), "max_model_len": self.context, "max_num_seqs": settings.batch_size, "dtype": dtype}
+        rows = min(settings.batch_size, settings.vllm.args.get("max_num_batched_tokens", settings.batch_size))  # a step has a token of each
+        model = {"model": str(policy), "max_model_len": self.context, "max_num_seqs": rows, "dtype": dtype}
         self.reads = bool(settings.stop)  # whether vLLM reads text as it draws, and so can end an answer at a stop string
         self.child = Child(vllm_python(settings), {**model, "skip_tokenizer_init": not self.reads, **settings.vllm.args})
         self.settled: dict[str, Any] = {**self.child.about, **(settled or {})}
