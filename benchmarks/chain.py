@@ -7,10 +7,9 @@ batch sizes on both sides. The assembly: SFTTrainer; `generate` (8 prompts at a 
 RewardTrainer on one over the other; scores in batches of 8 in order; the best of N by that score. irlign runs `sft`, `sample`, `reward` and `bon`,
 which also draws dev answers and chooses reward and n by its judge: more work than the assembly does, for more reward. So a third side, `fewer`, is
 irlign with a quarter of the answers to train prompts and half of those to test prompts: does it reach the assembly's reward? `--quick`, whose
-numbers are as small already, leaves it out. Each side is a process of its own, one after the other; seconds
-from its start to its end (imports included), CPU seconds, and the most memory it held. Golden reward of the selected test answers; a difference is
-irlign's minus the assembly's over the same prompts with its 95 % interval, and it is not worse where the lower bound is above -5 % of the gap between
-SFT and the demonstrations.
+numbers are as small already, leaves it out. Each side is a process of its own, one after the other; seconds from its start to its end (imports
+included), CPU seconds, and the most memory it held. Golden reward of the selected test answers; a difference is irlign's minus the assembly's over
+the same prompts with its 95 % interval, and it is not worse where the lower bound is above -5 % of the gap between SFT and the demonstrations.
 """
 
 import argparse
@@ -39,8 +38,6 @@ from irlign.runs import Run
 RECIPE = Path(__file__).parents[1] / "recipes/quickstart.yaml"
 SMALL = ["world.demonstrations=60", "world.dev_prompts=20", "world.test_prompts=20", "world.corpus_lines=3000", "pretrain.num_train_epochs=1", "sampling.num_generations=8",
          "sampling.train_generations=2", "sft.num_train_epochs=2", "reward.num_train_epochs=1"]  # fmt: skip
-
-
 FEWER = ["sampling.train_generations=2", "sampling.num_generations=8"]
 
 
@@ -114,12 +111,16 @@ def assembly(folder: Path) -> list[tuple[str, str]]:
     return [(d.prompt.prompt_id, answers[i]) for d, answers, i in zip(test, pool, best, strict=True)]
 
 
-SIDES = {"irlign": irlign, "fewer": irlign, "assembly": assembly}
+SIDES: dict[str, tuple[Any, list[str]]] = {
+    "irlign": (irlign, []),
+    "fewer": (irlign, FEWER),
+    "assembly": (assembly, []),
+}  # with its own settings
 
 
 def child(side: str, folder: Path) -> None:
     """What a process of its own does: one side, its answers and its peak memory in a file."""
-    answers = SIDES[side](folder)
+    answers = SIDES[side][0](folder)
     write_json(folder / f"{side}.json", {"answers": answers, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
 
 
@@ -146,13 +147,10 @@ def measure(seed: int, overrides: Sequence[str], order: Sequence[str]) -> dict[s
     from irlign.statistics import estimate
 
     with tempfile.TemporaryDirectory() as place:
-
-        def prepared(name: str, *more: str) -> Path:
-            return run_stage("data", RECIPE, [f"output_dir={Path(place, name)}", f"seed={seed}", "optimise.method=none", *overrides, *more])
-
-        folder, lean = prepared("run"), prepared("fewer", *FEWER)
-        found = {side: timed(side, lean if side == "fewer" else folder) for side in order}
-        run = Run.read(folder)
+        given = [f"seed={seed}", "optimise.method=none", *overrides]
+        folders = {side: run_stage("data", RECIPE, [f"output_dir={Path(place, side)}", *given, *SIDES[side][1]]) for side in order}
+        found = {side: timed(side, folder) for side, folder in folders.items()}
+        run = Run.read(folders["irlign"])
         recipe = as_recipe(run.recipe)
         golden = {side: golden_P(recipe, run, of.pop("answers")) for side, of in found.items()}
         shown = golden_P(recipe, run, {d.prompt.prompt_id: d.completion for d in stored_demonstrations(run, "test")})
@@ -161,7 +159,7 @@ def measure(seed: int, overrides: Sequence[str], order: Sequence[str]) -> dict[s
     for side, of in found.items():
         of["golden"] = float(golden[side].mean())
     against = {}
-    for side in sorted(found.keys() - {"assembly"}, reverse=True):
+    for side in [side for side in order if side != "assembly"]:
         difference = estimate(golden[side] - golden["assembly"])
         against[side] = {
             "ratio": {key: found["assembly"][key] / found[side][key] for key in ("seconds", "cpu_seconds", "peak_mb")},

@@ -99,11 +99,11 @@ def study(root: Path, seed: int, rounds: int, overrides: Sequence[str]) -> dict[
         pool = stored_samples(run, "sft", "dev", "test")
         wanted = [(p, recipe.optimise.generations) for p in {s.prompt.prompt_id: s.prompt for s in pool}.values()]
         start = measures(golden, [s for s in pool if s.prompt.split == "test"], np.zeros(len(shown)), [])
+        of_run = recipe.optimise, recipe.sampling, recipe.reward.name, recipe.data.chat_template
+        arms = {arm: Work(run, *of_run, run.path("arms", arm), learning=recipe.reward) for arm in ARMS}
+        base = measures_of_sft(arms[ARMS[0]], sft)
         found: dict[str, list[dict[str, Any]]] = {}
-        for arm in ARMS:
-            work = Work(run, recipe.optimise, recipe.sampling, recipe.reward.name, recipe.data.chat_template, run.path("arms", arm))
-            work = replace(work, learning=recipe.reward)
-            base = measures_of_sft(work, sft)
+        for arm, work in arms.items():
             found[arm] = [start]
             for number in range(1, rounds + 1):
                 if number == 1 and arm != ARMS[0] and not work.round(1).exists():

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from irlign.machine import ALLOCATOR
+
 PEERS = ("ctranslate2", "vllm")
 PYTHON = Path(__file__).parents[1] / ".venv-vllm/bin/python"
 CHILD = Path(__file__).with_name("sampling_peer.py")
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}  # what irlign's `freed_memory_kept` sets
+KEPT = {name: str(size) for name, size in ALLOCATOR.items()}  # what irlign's stages give themselves
 LOOK = f"import importlib.util as u, json; print(json.dumps([name for name in {PEERS!r} if u.find_spec(name)]))"
 
 

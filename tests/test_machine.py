@@ -46,7 +46,7 @@ def look(**environment):
 
 
 def test_freed_memory_is_used_again_and_given_back_at_the_end():
-    """Where large blocks are the system's own, each is new pages: as without the setting, and as where the user wants it so."""
+    """Beside a user's own threshold, under which every large block is new pages of the system's."""
     kept, own = look(), look(MALLOC_MMAP_THRESHOLD_="131072")
     assert 4 * kept["inside"] < own["inside"]
     assert kept["kept"] - kept["after"] > 60 << 10  # KiB of 64 MiB

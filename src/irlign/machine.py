@@ -16,7 +16,8 @@ from typing import Any
 
 from irlign.errors import ConfigError
 
-ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # where a user settles what `freed_memory_kept` would
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1}  # what `freed_memory_kept` sets, where nobody has
+OLD_MOST = 1 << 25  # bytes: old glibc takes no higher threshold, and the present one finds none higher by itself
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -84,38 +85,38 @@ def freed_memory_kept() -> Iterator[None]:
     Elsewhere, and where the environment says how glibc is to do it, nothing changes. What glibc learns by itself about the sizes that come
     is lost; after the block it goes by the most that it would learn. A block inside another ends both.
     """
-    if not _settable():
+    libc = _glibc()
+    if libc is None:
         yield
         return
-    _thresholds(mmap=(1 << 30, 1 << 25), trim=(1 << 31) - 1)  # old versions take no more than 32 MiB
+    _thresholds(libc, (ALLOCATOR["MALLOC_MMAP_THRESHOLD_"], OLD_MOST), ALLOCATOR["MALLOC_TRIM_THRESHOLD_"])
     try:
         yield
     finally:
-        _thresholds(mmap=(1 << 25,), trim=1 << 26)
+        _thresholds(libc, (OLD_MOST,), 2 * OLD_MOST)
         give_memory_back()
-
-
-def _settable() -> bool:
-    """Whether this is glibc, and nobody has settled it."""
-    told = any(name in os.environ for name in ALLOCATOR) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    return platform.libc_ver()[0] == "glibc" and not told
-
-
-def _thresholds(*, mmap: tuple[int, ...], trim: int) -> None:
-    """From how many bytes on a block is the system's own (the first that glibc takes), and how many may lie free at the end of the heap."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if any(libc.mallopt(-3, size) for size in mmap):  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, trim)  # M_TRIM_THRESHOLD
 
 
 def give_memory_back() -> None:
     """What is freed and kept goes to the system: before another process needs it, or somebody asks how much is free."""
-    if _settable():
-        import ctypes
+    if libc := _glibc():
+        libc.malloc_trim(0)
 
-        ctypes.CDLL(None).malloc_trim(0)
+
+def _glibc() -> Any:
+    """The C library where it is glibc and nobody has settled how it allocates, else None."""
+    told = any(name in os.environ for name in ALLOCATOR) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if told or platform.libc_ver()[0] != "glibc":
+        return None
+    import ctypes
+
+    return ctypes.CDLL(None)
+
+
+def _thresholds(libc: Any, mmap: tuple[int, ...], trim: int) -> None:
+    """From how many bytes on a block is the system's own (the first that glibc takes), and how many may lie free at the end of the heap."""
+    if any(libc.mallopt(-3, size) for size in mmap):  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim)  # M_TRIM_THRESHOLD
 
 
 def end_with_parent() -> None:
