@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     def run(given: Namespace) -> list[dict[str, Any]]:
         if given.quick:
             return measure("llama 0.9 M", "reward", prompts=12, repeats=given.repeats or 3, sizes=(8,), clock=given.clock)
-        plan = {"llama 0.9 M": (24, 5), "gpt-2 small": (2, 3)}
+        plan = {"llama 0.9 M": (24, 5), "gpt-2 small": (4, 3)}
         wanted = [(shape, *size) for shape, size in plan.items() if given.only in (None, shape)]
         return [
             row
