@@ -23,8 +23,9 @@ from irlign.config import parse_seeds
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, write_json
 from irlign.optimise.align import improve, measures_of_sft, weighed
-from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config
+from irlign.optimise.methods import METHODS, own_config
 from irlign.optimise.safety_net import Judged
+from irlign.optimise.work import SEEDS_APART, Work
 from irlign.recipe import as_recipe
 from irlign.records import Demonstration, Sample
 from irlign.runs import Run

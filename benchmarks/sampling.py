@@ -33,6 +33,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from irlign.data.chat import pad
 from irlign.machine import freed_memory_kept
+from irlign.packed import packed
 from irlign.sampling.decoder import Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import SharedState
@@ -102,15 +103,16 @@ def static(model: Any, prompts: list[tuple[int, ...]]) -> list[int]:
 
 
 def irlign(model: Any, prompts: list[tuple[int, ...]], rows: int = ROWS["irlign"]) -> list[int]:
-    """This package's decode loop, all prompts as one part."""
+    """This package's decode loop, all prompts as one part; laying out the weights, which an engine does once, is in the time."""
     wanted = [Row(prompt, 1000 * i + j, NEW) for i, prompt in enumerate(prompts) for j in range(ANSWERS)]
     context = model.config.max_position_embeddings
     none = lambda rows, _: np.zeros(len(rows), bool)  # noqa: E731
     decoder = Decoder(SharedState(model, PAD), SamplingSettings(), ends=[EOS], context=context, stopped=none)
     decoder.add(wanted)
     lengths = dict[Row, int]()
-    while len(lengths) < len(wanted):
-        lengths |= {row: len(ids) for row, ids, _ in decoder.turn(Room(rows, 1 << 40))}
+    with packed(model):
+        while len(lengths) < len(wanted):
+            lengths |= {row: len(ids) for row, ids, _ in decoder.turn(Room(rows, 1 << 40))}
     return [lengths[row] for row in wanted]
 
 

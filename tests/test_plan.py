@@ -250,3 +250,11 @@ def test_rounds_and_the_discriminator_by_hand():
     assert _stages("optimise.method=ditto", "optimise.rounds=2")["optimise"].trained == pytest.approx(3 * (30 + 30 + 30 * 3 / 7) * 2 * 20)
     grpo, gad = (_stages(f"optimise.method={name}", "optimise.discriminator.num_train_epochs=2")["optimise"] for name in ("grpo", "gad"))
     assert gad.trained == grpo.trained + 2 * 30 * 2 * 20 and gad.read == grpo.read - (30 + 3 * 10 * 8) * 20  # one network, no likelihood
+    tokens = "optimise.on_policy.dense=discriminator"
+    own = _stages("optimise.method=grpo", tokens, "optimise.discriminator.num_train_epochs=2")["optimise"]
+    assert (own.trained, own.read) == (gad.trained, gad.read)  # as many pairs here, and the reward of the whole is not asked
+    ratio, both = (
+        _stages("optimise.method=grpo", "optimise.on_policy.dense=log-ratio", *m)["optimise"]
+        for m in ([], ["optimise.on_policy.dense_share=0.5"])
+    )
+    assert ratio.trained == grpo.trained and both.read == grpo.read + 2 * (30 + 3 * 10 * 8) * 20 and ratio.read < both.read

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from irlign.data.batches import in_batches
 from irlign.data.chat import Encoded, pad
 from irlign.errors import out_of_memory
+from irlign.packed import packed
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,13 @@ def each_batch(
     rounding, from a third of the work at 16 answers. Models that keep their past in another way read every row whole. Raises ModelError
     where memory does not hold one row.
     """
+    with packed(model, sum(map(len, rows))):
+        _each_batch(model, rows, pad_id, work, where, most)
+
+
+def _each_batch(
+    model: "PreTrainedModel", rows: Sequence[Encoded], pad_id: int, work: Callable[[Batch], None], where: str, most: int | None
+) -> None:
     on_gpu = model.device.type == "cuda"
     budget = min(GPU_TOKENS if on_gpu else CPU_TOKENS, most or GPU_TOKENS)
     answers = Counter(tuple(row.prompt_ids) for row in rows)

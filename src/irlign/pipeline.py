@@ -19,7 +19,7 @@ from irlign.files import read_json, write_json, write_rows, write_table
 from irlign.inputs import contrast_answers, read_splits, take_checkpoint
 from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
-from irlign.optimise.methods import stage_of
+from irlign.optimise.work import stage_of
 from irlign.preflight import check_stage, judge_note, preflight
 from irlign.progress import say
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -278,13 +278,14 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         return
     selector = read_json(run.path("best_of_n/choice.json"))["reward"]
     here = recipe.sampling.by_weights  # an endpoint does not know the weights of a candidate
-    again = settings.refresh != "none"  # the reward is trained anew, as it was trained before
+    # the reward is trained anew, as it was trained before, or a discriminator of tokens beside it
+    again = settings.refresh != "none" or settings.on_policy.dense == "discriminator"
     learning = {"learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood} if again else {}
     backbone = {"backbone": recipe.reward.backbone} if again and recipe.reward.backbone not in ("sft", "init") else {}
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.align import align
-        from irlign.optimise.methods import Work
+        from irlign.optimise.work import Work
 
         own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood
         choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, *own), __version__)
@@ -294,7 +295,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         stage,
         build,
         settings={
-            "optimise": settings,
+            "optimise": settings.identity,
             "sampling": here.identity,
             "reward": selector,
             "judge": JUDGE,

@@ -15,7 +15,6 @@ from irlign.machine import has_cuda
 from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
 from irlign.optimise.heldout import EXCHANGED, FEWEST
 from irlign.optimise.label_free import without_judge
-from irlign.optimise.methods import rewarded
 from irlign.optimise.rounds import past_policies
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
@@ -160,22 +159,23 @@ PAIRED, ON_POLICY = ("dpo", "spin", "ditto"), ("rloo", "grpo", "rlsr", "gad")
 
 
 def _refreshed(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> list[Stage]:
-    """The reward of each round after the first, where it is refreshed (optimise/rounds.py); every policy's answers are taken to pair."""
-    o, s = recipe.optimise, recipe.sampling
-    if o.refresh == "none":
+    """The reward of each round after the first, where it is refreshed (optimise/rounds.py)."""
+    if recipe.optimise.refresh == "none" or not recipe.optimise.rewarded:
         return []
-    own = {"train": s.train_generations, "dev": o.generations}
-    found = []
-    for number in range(2, o.rounds + 1):
-        count = {}
-        for split, each in own.items():
-            init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
-            past = sum(each if n else sft for n in past_policies(o.refresh, o.replay, number))
-            sides = {"init": init, "sft": sft, "current": each, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
-            better, worse = REFRESHED[o.refresh]
-            more = past + (init if o.replay and worse != "init" else 0)
-            count[split] = pairs(sides[better], sides[worse] + more) * sizes.prompts[split]
-        found.append(_learned(recipe, sizes, backbone, speed, count["train"], count["dev"]))
+    counts = [_refreshed_pairs(recipe, sizes, number) for number in range(2, recipe.optimise.rounds + 1)]
+    return [_learned(recipe, sizes, backbone, speed, count["train"], count["dev"]) for count in counts]
+
+
+def _refreshed_pairs(recipe: Recipe, sizes: Sizes, number: int) -> dict[str, float]:
+    """The pairs on which a round's reward is refreshed, by split; every policy's answers are taken to pair."""
+    o, s, found = recipe.optimise, recipe.sampling, {}
+    for split, each in {"train": s.train_generations, "dev": o.generations}.items():
+        init, sft = (s.train_generations,) * 2 if split == "train" else (s.initial_generations, s.num_generations)
+        past = sum(each if n else sft for n in past_policies(o.refresh, o.replay, number))
+        sides = {"init": init, "sft": sft, "current": each, "demonstrations": sizes.rows[split] / max(1, sizes.prompts[split])}
+        better, worse = REFRESHED[o.refresh]
+        more = past + (init if o.replay and worse != "init" else 0)
+        found[split] = pairs(sides[better], sides[worse] + more) * sizes.prompts[split]
     return found
 
 
@@ -203,34 +203,41 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.num_processes
     trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
-    other = _discriminator(recipe, sizes, shape, speed, own + new) if o.method == "gad" else Stage("discriminator")
+    dense = o.on_policy.dense if o.method == "grpo" else "none"
+    others = _discriminators(recipe, sizes, shape, speed, own + new / o.rounds)
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
-    texts = (own * o.rounds + new) * rewarded(o.method)
+    texts = (own * o.rounds + new) * o.rewarded
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
     weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
     weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once
+    weighed += 2 * (own * o.rounds + new) * (dense == "log-ratio")
     likelihood = bool(recipe.best_of_n.likelihood)
     flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(texts * likelihood + weighed, length)
     flops += shape.read(judged * o.rounds, length, False)
-    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length + other.read
+    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length + sum(s.read for s in others)
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
     again = _refreshed(recipe, sizes, backbone, speed)
     # drawn here whatever the engine: no endpoint knows this policy
-    seconds = sum(s.seconds or 0.0 for s in (trained, other, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
+    seconds = sum(s.seconds or 0.0 for s in (trained, *others, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
+    memory += shape.parameters * 4 * {"none": 0, "log-ratio": 2, "discriminator": 1}[dense]  # what pays tokens
     memory = max([memory, *(s.memory for s in again)])
     generated = sum(answers for _, answers in pools) * answer
-    flops += drawn + sum(s.flops for s in (trained, other, *again))
-    learned, read = sum(s.trained for s in (trained, other, *again)), read + sum(s.read for s in again)
+    flops += drawn + sum(s.flops for s in (trained, *others, *again))
+    learned, read = sum(s.trained for s in (trained, *others, *again)), read + sum(s.read for s in again)
     return [Stage("optimise", generated, learned, read, flops, seconds, memory, shape.parameters * shape.size + sum(s.disk for s in again))]
 
 
-def _discriminator(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, scored: float) -> Stage:
-    """gad's: it starts from pi_SFT, learns demonstrations over own answers, and scores so many of these."""
-    length, asked = sizes.prompt + _answer(recipe, sizes), sizes.prompts["train"]
-    rows = pairs(recipe.sampling.train_generations, sizes.rows["train"] / max(1, asked)) * asked
+def _discriminators(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, scored: float) -> list[Stage]:
+    """gad's, or that of single tokens in each round: it starts from pi_SFT, learns pairs, and scores so many answers."""
+    o, s, p, length = recipe.optimise, recipe.sampling, sizes.prompts["train"], sizes.prompt + _answer(recipe, sizes)
+    rows = []
+    if o.method == "gad":
+        rows = [pairs(s.train_generations, sizes.rows["train"] / max(1, p)) * p]
+    elif o.method == "grpo" and o.on_policy.dense == "discriminator":
+        rows = [s.train_generations * p, *(_refreshed_pairs(recipe, sizes, number)["train"] for number in range(2, o.rounds + 1))]
     read = scored * length, shape.read(scored, length, False)
-    return _trained("discriminator", recipe.optimise.discriminator, rows, length, sizes.longest, shape, speed, *read, 2, False)
+    return [_trained("discriminator", o.discriminator, of, length, sizes.longest, shape, speed, *read, 2, False) for of in rows]
 
 
 def _eval(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> Stage:

@@ -13,7 +13,7 @@ from irlign.evaluate.reward_bench import read_bench
 from irlign.optimise.heldout import prompts_shown
 from irlign.optimise.label_free import without_judge
 from irlign.optimise.methods import own_config
-from irlign.policy.load import check_causal, load_config
+from irlign.policy.load import check_causal, has_token_head, load_config
 from irlign.recipe import Recipe
 from irlign.records import Demonstration
 from irlign.sampling.engine import check_engine
@@ -73,9 +73,16 @@ def check_stage(name: str, recipe: Recipe) -> None:
 
 
 def check_method(recipe: Recipe) -> None:
-    """Raises ConfigError where the library of the policy method is missing or its training arguments refuse a field."""
-    if recipe.optimise.method != "none":
-        _accepted(recipe, recipe.optimise, own_config(recipe.optimise, recipe.sampling))
+    """Raises ConfigError where the library of the policy method is missing or its training arguments refuse a field, its discriminator's too."""
+    o = recipe.optimise
+    if o.method != "none":
+        _accepted(recipe, o, own_config(o, recipe.sampling))
+    if o.method == "gad" or o.on_policy.dense == "discriminator":
+        _accepted(recipe, o.discriminator)
+    model = recipe.sft_model_name_or_path or recipe.model_name_or_path
+    if o.on_policy.dense == "discriminator" and model and not has_token_head(model):
+        what = "transformers has no token classifier for models of this type, so none of its tokens can be told apart"
+        raise ConfigError(what, where=f"optimise.on_policy.dense, {model}", do="use dense=log-ratio, or none")
     if recipe.optimise.method == "rlsr" and recipe.optimise.on_policy.encoder != "words":
         load_config(recipe.optimise.on_policy.encoder)
 

@@ -8,6 +8,7 @@ from irlign.costs import Shape, Speed, llama
 from irlign.data.demonstrations import load_demonstrations, split_by_prompt
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda, matmul_flops
+from irlign.packed import LARGE
 from irlign.policy.load import count_parameters, load_config, load_tokenizer
 from irlign.policy.pretrain import word_count, word_tokens
 from irlign.recipe import Recipe
@@ -39,7 +40,8 @@ def shape_of(path: str, cuda: bool = False) -> Shape:
     size = 2 if cuda and str(config.dtype).endswith("16") else 4  # on a CPU a policy is held and saved in float32
     looked_up = 0 if config.tie_word_embeddings else table
     attention, layers = config.num_attention_heads * width, config.num_hidden_layers
-    return Shape(count_parameters(path), looked_up, table, layers, config.hidden_size, attention, kept, config.vocab_size, size)
+    copies = 2 if not cuda and config.hidden_size**2 >= LARGE else 1
+    return Shape(count_parameters(path), looked_up, table, layers, config.hidden_size, attention, kept, config.vocab_size, size, copies)
 
 
 def world_sizes(recipe: Recipe) -> tuple[Sizes, Shape]:

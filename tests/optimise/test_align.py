@@ -13,6 +13,7 @@ from irlign.config import load_recipe
 from irlign.errors import ConfigError
 from irlign.files import hash_path, read_table
 from irlign.optimise import align, methods
+from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
 
@@ -168,7 +169,7 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
 
 def test_spin_goes_on_from_the_round_before(tmp_path):
     settings = methods.OptimiseSettings(method="spin")
-    work = methods.Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), settings, None, "", "none", tmp_path / "work")
+    work = Work(SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts)), settings, None, "", "none", tmp_path / "work")
     assert [work.start(1, "before"), work.start(3, "sft")] == [tmp_path / "policies/sft"] * 2
     assert work.start(3, "before") == tmp_path / "work/rounds/2/policy"
 

@@ -14,8 +14,10 @@ from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError
 from irlign.files import hash_path, read_json, read_table, write_json
 from irlign.optimise import align, methods, rounds
-from irlign.optimise.methods import OptimiseSettings, Work
+from irlign.optimise import work as work_of_rounds
 from irlign.optimise.rounds import past_policies
+from irlign.optimise.settings import OptimiseSettings
+from irlign.optimise.work import Work
 from irlign.pipeline import run_stage
 from irlign.recipe import Recipe
 from irlign.records import Prompt, Sample
@@ -70,15 +72,15 @@ def test_whose_answers_stand_on_which_side(monkeypatch, refresh, replay, better,
     monkeypatch.setattr(rounds, "stored_samples", lambda run, name, split: [_answer(prompt, name)])
     monkeypatch.setattr(rounds, "stored_demonstrations", lambda run, split: [_answer(prompt, "shown")])
     settings = OptimiseSettings(rounds=3, refresh=refresh, replay=replay)
-    sides = rounds._sides(Work(None, settings, None, "r", "none", Path()), 3, "train")
+    sides = rounds.sides_of(Work(None, settings, None, "r", "none", Path()), 3, "train")
     assert [{text for _, text, _ in side} for side in sides] == [better, worse]
 
 
 def test_a_refreshed_reward_is_trained_used_and_published(copied, judge, monkeypatch):
     """Three rounds of distill, each from the round before: what scores the winners, what is said of it, and that it loads when moved."""
     used, started = [], []
-    score, train = methods.scores_of, align.METHODS["distill"].train
-    monkeypatch.setattr(methods, "scores_of", lambda folders, *a: used.append(folders["reward"]) or score(folders, *a))
+    score, train = work_of_rounds.scores_of, align.METHODS["distill"].train
+    monkeypatch.setattr(work_of_rounds, "scores_of", lambda folders, *a: used.append(folders["reward"]) or score(folders, *a))
     recorded = align.METHODS["distill"]._replace(train=lambda start, *a, **k: started.append(start) or train(start, *a, **k))
     monkeypatch.setitem(align.METHODS, "distill", recorded)
     run_stage("optimise", small_recipe(copied, optimise={"rounds": 3, "refresh": "current-demo"}))
@@ -131,7 +133,7 @@ def test_on_policy_rounds_go_on_with_the_refreshed_reward(copied, judge, monkeyp
     loaded, paid = [], []
     load, function = methods.load_resident, rloo.reward_function
     monkeypatch.setattr(methods, "load_resident", lambda path: loaded.append(path) or load(path))
-    monkeypatch.setattr(rloo, "reward_function", lambda *a: paid.append(a[-1]) or function(*a))
+    monkeypatch.setattr(rloo, "reward_function", lambda *a: paid.append(a[5]) or function(*a))
     own = {"method": "rloo", "rounds": 2, "refresh": "init-current", "replay": False, "max_steps": 2, "on_policy": {"objective": "fairl"}}
     run_stage("optimise", small_recipe(copied, **PLAIN, optimise=own))
     assert [path.name for path in loaded] == ["init-sft", "init-current"] and paid == ["fairl"] * 2

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from irlign.arena.cell import Place
 from irlign.arena.policies import OF, POLICIES, with_method
 from irlign.files import read_json
-from irlign.optimise.methods import stage_of
+from irlign.optimise.work import stage_of
 from irlign.plan import planned
 from irlign.recipe import Recipe
 

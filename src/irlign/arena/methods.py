@@ -13,8 +13,8 @@ import numpy as np
 
 from irlign.arena.cell import Cell
 from irlign.optimise.label_free import choose
-from irlign.optimise.methods import OptimiseSettings
 from irlign.optimise.preference import dpo_config, train_dpo
+from irlign.optimise.settings import OptimiseSettings
 from irlign.records import Contrast
 from irlign.reward.controls import CONTROLS, by_prompt, controls
 from irlign.reward.ensemble import combine, standardised

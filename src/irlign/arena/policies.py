@@ -12,13 +12,15 @@ from irlign import pipeline
 from irlign.arena.cell import Cell
 from irlign.arena.methods import LIKELIHOODS, Method, Pick
 from irlign.files import read_json
-from irlign.optimise.methods import OptimiseSettings, stage_of
+from irlign.optimise.settings import OptimiseSettings
+from irlign.optimise.work import stage_of
 from irlign.recipe import Recipe
 from irlign.reward.publish import LIKELIHOOD, publish_log_ratios
 
 OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
+DISCRIMINATOR = {"learning_rate": 5e-4, "num_train_epochs": 2}
 # Over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml. Of the others the learning rate was looked at, on one
 # development seed (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -31,8 +33,10 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gsil": {"rounds": 2, "learning_rate": 3e-5, "num_train_epochs": 2},
     "rloo": {**ON_POLICY, "learning_rate": 1e-3},
     "grpo": ON_POLICY,
+    "grpo-log-ratio": {**ON_POLICY, "method": "grpo", "on_policy": {"dense": "log-ratio"}},
+    "grpo-tokens": {**ON_POLICY, "method": "grpo", "on_policy": {"dense": "discriminator"}, "discriminator": DISCRIMINATOR},
     "rlsr": ON_POLICY,
-    "gad": {**ON_POLICY, "discriminator": {"learning_rate": 5e-4, "num_train_epochs": 2}},
+    "gad": {**ON_POLICY, "discriminator": DISCRIMINATOR},
 }
 
 
@@ -40,7 +44,8 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
     """The recipe of a cell with this policy method, and of the log-ratios only the one that may select. What the recipe itself sets in
     `optimise` holds for all methods, but for the number of rounds."""
     own = recipe.optimise.model_dump(exclude_unset=True, exclude={"method", "rounds"})
-    settings = OptimiseSettings.model_validate({**SETTINGS[method], **own, "method": method})
+    nested = {key: {**SETTINGS[method][key], **own.get(key, {})} for key in ("on_policy", "discriminator") if key in SETTINGS[method]}
+    settings = OptimiseSettings.model_validate({"method": method, **SETTINGS[method], **own, **nested})
     return recipe.model_copy(update={"optimise": settings, "reward": recipe.reward.model_copy(update={"log_ratio": False})})
 
 
@@ -61,7 +66,7 @@ def aligned(method: str) -> Method:
             method,
             ALIGNED,
             stages=("sft", "sample", f"reward-{reward}", "bon", stage_of(method)),
-            trained=choice["reward"] is not None,
+            trained=choice["reward"] is not None or recipe.optimise.on_policy.dense != "none",
             drawn=sum(of["drawn"] for of in rounds),
             learned=None if before is None else before + sum(of["training"]["tokens"] for of in rounds),
             kept=choice["published"] == "sft",

@@ -17,9 +17,10 @@ from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
 from irlign.optimise.heldout import judge_pool, prompts_shown
 from irlign.optimise.label_free import too_few
-from irlign.optimise.methods import METHODS, SEEDS_APART, Work, own_config, rewarded
+from irlign.optimise.methods import METHODS, own_config, source_of
 from irlign.optimise.rounds import keep_rewards, refresh
 from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
+from irlign.optimise.work import SEEDS_APART, Work
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
@@ -52,7 +53,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
     Returns what choice.json holds. Without a judge nothing could be shown, so nothing is trained and pi_SFT is published.
     """
     rows = read_table(work.run.path("best_of_n/candidates.parquet"), split="dev")
-    shown, reward = stored_demonstrations(work.run, "dev"), work.reward if rewarded(work.settings.method) else None
+    shown, reward = stored_demonstrations(work.run, "dev"), work.reward if work.settings.rewarded else None
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, too_few(prompts_shown(shown)))
     else:
@@ -87,7 +88,8 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     """Train the policy of a round, its reward before it where that is refreshed; log.json in the round's folder says that it is there.
     Returns whether there was anything to learn from."""
     method, place = METHODS[work.settings.method], work.round(number)
-    new = {"reward": refresh(work, number, version)} if work.settings.refresh != "none" and number > 1 else {}
+    again = work.settings.refresh != "none" and work.settings.rewarded and number > 1
+    new = {"reward": refresh(work, number, version)} if again else {}
     if not (rows := method.rows(work, number)):
         return False
     options: dict[str, Any] = {"chat_template": work.chat_template, "report_to": work.report_to}
@@ -149,12 +151,12 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     if name != SFT:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        learned = METHODS[choice["method"]].source.format(reward=work.scorer(int(name.removeprefix("round-"))).name)
+        learned = source_of(work.settings).format(reward=work.scorer(int(name.removeprefix("round-"))).name)
         what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
     (policy / "README.md").write_text(card, encoding="utf-8")
     if place:
         publish_card(pool, work.name, stored_statistics(pool), work.sampling)
-    if work.settings.refresh != "none":
+    if work.settings.refresh != "none" and work.settings.rewarded:
         keep_rewards(work, [n for n in range(2, work.settings.rounds + 1) if f"round-{n}" in choice["candidates"]])
     write_json(work.folder / work.stage / "choice.json", choice)

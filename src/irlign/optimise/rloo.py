@@ -10,51 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
-from irlign.config import Settings
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.files import read_json, write_json
 from irlign.optimise.best_of_n import scored_texts
+from irlign.optimise.dense import Dense, paid_before, token_advantages
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.preference import need_trl
+from irlign.optimise.settings import OnPolicySettings
 from irlign.policy.load import Policy
 from irlign.policy.tuning import Tuning
 from irlign.progress import say, silently
-from irlign.records import Demonstration, Message, Prompt, Sample
+from irlign.records import Demonstration, Message, Prompt, PromptContent, Sample
 from irlign.reward.contrasts import ended
 from irlign.reward.model import RewardModel
 from irlign.sampling.engine import SamplingSettings
 from irlign.training import Config, TrainerSettings
 
 METRICS = ("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_reward_zero_std")
-
-
-class OnPolicySettings(Settings):
-    """rloo, grpo, rlsr, gad. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
-
-    beta: float = Field(
-        0.05,
-        ge=0,
-        description="standard deviations of the reward that a nat of KL to the policy it starts from costs; 0 lets the policy go",
-    )
-    num_generations: int = Field(
-        8, ge=2, description="answers to a prompt that are weighed against each other; the rows of a step are a multiple of it"
-    )
-    objective: Objective = Field(
-        "reverse-kl",
-        description="what the reward h = logit P(better) pays: reverse-kl: h; gail: softplus(h); fairl: -h exp(h), clipped; the last two need a "
-        "reward that is a logit (best_of_n.likelihood=0)",
-    )
-    length_penalty: float = Field(
-        1.0,
-        ge=0,
-        description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
-    )
-    encoder: str = Field(
-        "words", description="rlsr: what answers are compared in: words (hashed words and word pairs), or an encoder's folder or Hub id"
-    )
 
 
 def shaped(scores_B: np.ndarray, tokens_B: np.ndarray, usual_B: np.ndarray, cut_B: np.ndarray, penalty: float) -> np.ndarray:
@@ -88,12 +62,23 @@ def readable(form: Format, prompts: Sequence[Prompt], room: int) -> dict[int, An
 
 
 def reward_function(
-    reward: RewardModel, form: Format, samples: Sequence[Sample], ends: set[int], penalty: float, objective: Objective = "reverse-kl"
+    reward: RewardModel | None,
+    form: Format,
+    samples: Sequence[Sample],
+    ends: set[int],
+    penalty: float,
+    objective: Objective = "reverse-kl",
+    share: float = 1.0,
 ) -> Callable[..., list[float]]:
     """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
-    answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one."""
-    asked, paid = {s.prompt.prompt_id: s.prompt for s in samples}, OBJECTIVES[objective]
-    known = paid(reward.score(*scored_texts(samples)))
+    answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one. `share` is
+    what the reward is multiplied with; without one the length alone counts."""
+    asked = {s.prompt.prompt_id: s.prompt for s in samples}
+
+    def paid(prompts: Sequence[PromptContent], texts: Sequence[str]) -> np.ndarray:
+        return OBJECTIVES[objective](reward.score(prompts, texts)) if reward else np.zeros(len(texts))
+
+    known = paid(*scored_texts(samples))
     center, scale = float(known.mean()), float(known.std()) or 1.0
     tokens: dict[str, list[int]] = {}
     for sample in samples:
@@ -107,9 +92,9 @@ def reward_function(
         bodies = [list(ids[:-1]) if done else list(ids) for ids, done in zip(completion_ids, finished, strict=True)]
         texts = form.decode_completions([prompt_ids[i] for i in index], bodies)
         with silently():
-            scores_B = paid(reward.score([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)]))
+            scores_B = paid([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)])
         tokens_B, cut_B = np.array([len(ids) for ids in completion_ids]), ~np.array(finished)
-        return shaped((scores_B - center) / scale, tokens_B, usual_P[list(index)], cut_B, penalty).tolist()
+        return shaped(share * (scores_B - center) / scale, tokens_B, usual_P[list(index)], cut_B, penalty).tolist()
 
     return scored
 
@@ -123,7 +108,9 @@ def on_policy_config(method: Literal["rloo", "grpo"], settings: OnPolicySettings
     if sampling.stop:
         do = "leave it out, or use a method that learns from stored answers: distill or dpo"
         raise ConfigError(f"{method} draws answers as it learns, and TRL knows no stop strings", where="sampling.stop", do=do)
+    tokens = {"scale_rewards": "none"} if settings.dense != "none" else {}  # totals may tie where tokens do not
     return {"rloo": RLOOConfig, "grpo": GRPOConfig}[method], {
+        **tokens,
         "beta": settings.beta,
         "num_generations": settings.num_generations,
         "max_completion_length": sampling.max_new_tokens,
@@ -144,14 +131,16 @@ def train_on_policy(
     settings: TrainerSettings,
     *,
     config: Config,
-    reward: RewardModel,
+    reward: RewardModel | None,
     length_penalty: float,
     objective: Objective = "reverse-kl",
+    dense: Dense | None = None,
     **about: Any,
 ) -> dict[str, Any]:
     """Train the policy in `start`, which is also the reference, on the prompts of pi_SFT's answers `train`, and save it in `folder` as a plain
     transformers checkpoint. RLOO (arXiv 2402.14740): the mean reward of the other answers to a prompt is the baseline, the KL a part of the
-    reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss.
+    reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss; with `dense` each token
+    has an advantage of its own.
 
     `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were
     not), `drawn` (tokens of the answers), and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no
@@ -162,20 +151,30 @@ def train_on_policy(
     tuning = Tuning(start, dev, settings, **about)
     policy, form, arguments = tuning.policy, tuning.form, tuning.arguments(config)
     prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
+    asked_ids = form.prompts_ids([p.content for p in prompts])
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, tuning.seed)
-    scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective)
+    scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective, 1.0 - dense.share if dense else 1.0)
+    pay = dense.in_units(form, train, objective) if dense else None
     kept = tuning.checkpoints / "drawn.json"  # tokens by step, so that a training that goes on knows what was drawn before
     drawn: dict[str, int] = read_json(kept) if kept.exists() else {}
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
         drawn[str(trainer.state.global_step)] = sum(map(len, completion_ids))
         write_json(kept, drawn)
-        return [*scorer(completion_ids, **given)]
+        rewards = scorer(completion_ids, **given)
+        if pay:
+            tokens = pay([asked_ids[i] for i in given["index"]], completion_ids)
+            rewards = [reward + own.sum() for reward, own in zip(rewards, tokens, strict=True)]
+            trainer.paid(rewards, tokens)
+        return [*rewards]
 
-    kind: Any = RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer
+    kind: Any = _dense_trainer() if dense else RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer
     trainer = kind(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
     log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
-    return {**log, "rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
+    log |= {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
+    if dense and dense.learned:
+        log |= {"tokens": log["tokens"] + dense.learned["tokens"], "discriminator": dense.learned}
+    return log
 
 
 def _rows(form: Format, prompts: Sequence[Prompt], settings: TrainerSettings, arguments: Any, room: int, seed: int) -> list[dict[str, Any]]:
@@ -196,3 +195,28 @@ def _ends(policy: Policy) -> set[int]:
     """The tokens that end an answer, for TRL and for our sampler alike."""
     ends: Any = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
     return {int(policy.tokenizer.eos_token_id), *(e for e in (ends if isinstance(ends, list) else [ends]) if e is not None)}  # type: ignore[arg-type]
+
+
+def _dense_trainer() -> type:
+    """TRL's GRPOTrainer with an advantage for each token: `paid(rewards, pay)` tells it what the answers that it has just drawn are paid in all, and
+    token by token."""
+    import torch
+    from trl import GRPOTrainer
+
+    class DenseGRPO(GRPOTrainer):
+        def paid(self, rewards: Sequence[float], pay: Sequence[np.ndarray]) -> None:
+            self.last = rewards, pay
+
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            found = super()._generate_and_score_completions(inputs)
+            rewards, pay = self.last
+            own, device = found["completion_ids"].shape[1], self.accelerator.device
+            width = int(self.accelerator.gather(torch.tensor([own], device=device)).max())
+            reward_B = torch.tensor(rewards, dtype=torch.float32, device=device)
+            before_B_T = torch.tensor(paid_before(pay, width), dtype=torch.float32, device=device)
+            reward_N, before_N_T = self.accelerator.gather(reward_B), self.accelerator.gather(before_B_T)
+            advantage_N_T = token_advantages(reward_N, before_N_T, self.num_generations or 1)
+            first = self.accelerator.process_index * len(reward_B)
+            return {**found, "advantages": advantage_N_T[first : first + len(reward_B), :own]}
+
+    return DenseGRPO

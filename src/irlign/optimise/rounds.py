@@ -14,7 +14,7 @@ from typing import Any
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, write_json
 from irlign.optimise.best_of_n import scored_texts
-from irlign.optimise.methods import SEEDS_APART, Work, own_answers
+from irlign.optimise.work import SEEDS_APART, Work, own_answers
 from irlign.progress import say
 from irlign.records import Sample
 from irlign.reward.contrasts import Answer, answers_of, contrast_pairs, guard_leak, leak_controls
@@ -47,8 +47,8 @@ def refresh(work: Work, number: int, version: str) -> dict[str, Any]:
 def _train(work: Work, number: int, place: Path, version: str) -> dict[str, Any]:
     name, settings = work.settings.refresh, work.refreshed
     match = settings.ending == "match"
-    pairs, left_out, controls = contrast_pairs({name: _sides(work, number, "train")}, match=match)
-    dev, _, _ = contrast_pairs({name: _sides(work, number, "dev")}, match=match, needed=False)
+    pairs, left_out, controls = contrast_pairs({name: sides_of(work, number, "train")}, match=match)
+    dev, _, _ = contrast_pairs({name: sides_of(work, number, "dev")}, match=match, needed=False)
     guard_leak(leak_controls(pairs[name]), settings.max_leak_accuracy, len(pairs[name]))
     own = settings.backbone in ("sft", "init")
     log = train_reward_of(
@@ -70,7 +70,7 @@ def _train(work: Work, number: int, place: Path, version: str) -> dict[str, Any]
     return {"name": work.scorer(number).name, "pairs": log["pairs"], "dev": log["dev"], "controls": controls, "left_out": left_out}
 
 
-def _sides(work: Work, number: int, split: str) -> tuple[list[Answer], list[Answer]]:
+def sides_of(work: Work, number: int, split: str) -> tuple[list[Answer], list[Answer]]:
     """The better and the worse answers that the reward of a round learns from."""
     refreshed = work.settings.refresh
     past = [s for n in past_policies(refreshed, work.settings.replay, number) for s in _answers(work, n, split)]

@@ -75,6 +75,13 @@ def load_config(path: str) -> Any:
         ) from error
 
 
+def has_token_head(path: str) -> bool:
+    """Whether transformers has a token classifier for the model in a folder or at a Hub id. Raises ModelError."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+    return load_config(path).model_type in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+
 def check_causal(path: str) -> None:
     """Raises ModelError where the checkpoint in a folder or at a Hub id is no causal language model, by its configuration alone."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -22,6 +22,7 @@ import torch
 from irlign.data.chat import Format
 from irlign.errors import DataError, ModelError, out_of_memory
 from irlign.machine import free_memory
+from irlign.packed import pack
 from irlign.policy.load import load_policy
 from irlign.records import Sample
 from irlign.sampling.decoder import ALL_THERE, MORE_MAY_COME, Decoder, Ended, Joining, Room, Row
@@ -46,6 +47,7 @@ class TransformersEngine:
         self.settled = {"dtype": dtype, **(settled or {})}
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay exact
             parameter.data = parameter.data.to(getattr(torch, self.settled["dtype"]))
+        pack(model)
         self.state = SharedState if serves(model, self.policy.pad_id) else CopiedState
         self.settled = {"batch_tokens": self._batch_tokens(), **self.settled}
         self.halvings, self.usage = 0, dict[str, float]()

@@ -1,0 +1,113 @@
+"""What `optimise` in a recipe says, for all policy methods."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from irlign.config import Settings
+from irlign.optimise.divergences import Objective
+from irlign.optimise.preference import PreferenceSettings
+from irlign.reward.contrasts import RefreshName
+from irlign.training import TrainerSettings
+
+REWARDED = ("distill", "dpo", "rloo", "grpo")  # the methods in which the reward has a part
+ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
+ONE_ROUND = {  # why
+    "weighted-sft": "a round learns from samples of the one before, and {} learns from demonstrations: leave optimise.rounds out",
+    **dict.fromkeys(("rloo", "grpo"), f"{ITSELF}refresh it (optimise.refresh)"),
+    **dict.fromkeys(("rlsr", "gad"), f"{ITSELF}leave optimise.rounds out"),
+}
+
+
+class OnPolicySettings(Settings):
+    """rloo, grpo, rlsr, gad. Rewards are in standard deviations over pi_SFT's answers to the train prompts, so these keys mean the same for all."""
+
+    beta: float = Field(
+        0.05,
+        ge=0,
+        description="standard deviations of the reward that a nat of KL to the policy it starts from costs; 0 lets the policy go",
+    )
+    num_generations: int = Field(
+        8, ge=2, description="answers to a prompt that are weighed against each other; the rows of a step are a multiple of it"
+    )
+    objective: Objective = Field(
+        "reverse-kl",
+        description="what the reward h = logit P(better) pays: reverse-kl: h; gail: softplus(h); fairl: -h exp(h), clipped; the last two need a "
+        "reward that is a logit (best_of_n.likelihood=0)",
+    )
+    length_penalty: float = Field(
+        1.0,
+        ge=0,
+        description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
+    )
+    dense: Literal["none", "log-ratio", "discriminator"] = Field(
+        "none",
+        description="grpo: what each token is paid by itself: log-ratio: log pi_SFT - log pi_0 of it; discriminator: the logit of one that tells the "
+        "tokens of pi_SFT's answers from those of pi_0's (the sides of optimise.refresh from the second round on); none: an answer is paid as a whole",
+    )
+    dense_share: float = Field(
+        1.0, gt=0, le=1, description="the share of an answer's pay that comes token by token; the rest is the reward of the whole"
+    )
+    encoder: str = Field(
+        "words", description="rlsr: what answers are compared in: words (hashed words and word pairs), or an encoder's folder or Hub id"
+    )
+
+
+class OptimiseSettings(TrainerSettings):
+    """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
+
+    method: Literal["distill", "weighted-sft", "dpo", "spin", "ditto", "kto", "gsil", "rloo", "grpo", "rlsr", "gad", "none"] = Field(
+        "distill",
+        description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; dpo: the best of a "
+        "prompt's answers over the worst; spin: demonstrations over own answers; ditto: those over earlier policies' too; kto: demonstrations good, own answers bad; "
+        "gsil: the same as a classification; rloo, grpo: answers drawn and scored as it learns; rlsr: scored by their likeness to the "
+        "demonstration; gad: by a discriminator of demonstrations; none: leave the stage out",
+    )
+    rounds: int = Field(1, ge=1, description="each round after the first samples the policy of the one before; an alarm ends them")
+    refresh: Literal["none"] | RefreshName = Field(
+        "none",
+        description="from the second round on the reward is trained anew, worse-better as contrasts are named: current-demo: demonstrations over "
+        "answers of the round before; current-sft: pi_SFT's over those; init-current: those over pi_0's; each round then goes on from the "
+        "one before. none: the same reward in all rounds, each from pi_SFT",
+    )
+    replay: bool = Field(True, description="refresh: the answers of pi_0 and of all earlier rounds are on the worse side too")
+    answers: int | None = Field(
+        None, ge=1, description="answers to each train prompt that a round learns from; null: sampling.train_generations, which are stored"
+    )
+    winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
+    generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo, spin, ditto, kto, gsil")
+    on_policy: OnPolicySettings = Field(default_factory=OnPolicySettings, description="rloo, grpo, rlsr, gad")
+    discriminator: TrainerSettings = Field(
+        default_factory=TrainerSettings, description="gad, and grpo with on_policy.dense=discriminator: how it trains"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "OptimiseSettings":
+        if self.method in ONE_ROUND and self.rounds > 1 and (self.refresh == "none" or self.method not in REWARDED):
+            raise ValueError(ONE_ROUND[self.method].format(self.method))
+        if self.refresh != "none" and self.method != "none":
+            if not self.rewarded and self.on_policy.dense != "discriminator":
+                raise ValueError(f"{self.method} asks no reward, so there is none to refresh: optimise.refresh=none")
+            if self.rounds == 1:
+                raise ValueError(
+                    "the reward is refreshed from the second round on: give optimise.rounds of 2 or more, or leave refresh out"
+                )
+        if self.on_policy.dense != "none" and self.method not in ("grpo", "none"):
+            raise ValueError(f"{self.method} pays whole answers: on_policy.dense is for optimise.method=grpo, else leave it out")
+        if self.method == "kto" and self.per_device_train_batch_size == 1:
+            raise ValueError("kto estimates its KL over the rows of a batch: per_device_train_batch_size must be 2 or more")
+        return self
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the reward has a part in it: in some methods, and not where all is paid token by token."""
+        return self.method in REWARDED and (self.on_policy.dense == "none" or self.on_policy.dense_share < 1)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a manifest says of it: dense rewards where they are asked for."""
+        own = self.model_dump()
+        if self.on_policy.dense == "none":
+            del own["on_policy"]["dense"], own["on_policy"]["dense_share"]
+        return own

@@ -1,0 +1,99 @@
+"""What a policy method works on: a run up to `bon`, where a round's policy, reward and answers lie, and whose answers it learns from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irlign.launch import ProcessSettings
+from irlign.optimise.best_of_n import scored_texts
+from irlign.optimise.scoring import scores_of
+from irlign.optimise.settings import OptimiseSettings
+from irlign.records import Sample
+from irlign.reward.train import RewardSettings
+from irlign.runs import Run
+from irlign.sampling.engine import SamplingSettings
+from irlign.sampling.pools import draw_pool, read_pool, stored_samples
+
+SEEDS_APART = 1009  # between the seeds of two rounds
+
+
+def stage_of(name: str) -> str:
+    """The stage that publishes the policy of this name: `optimise` is that of `aligned`."""
+    return "optimise" if name == "aligned" else f"optimise-{name}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), the folder it
+    builds in, and the `name` that the published policy gets; for rewards that are refreshed how the run's own was learned, and how hard it is
+    held to the likelihood."""
+
+    run: Run
+    settings: OptimiseSettings
+    sampling: SamplingSettings
+    reward: str
+    chat_template: str
+    folder: Path
+    report_to: str = "none"
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
+    name: str = "aligned"
+    learning: RewardSettings | None = None
+    likelihood: float = 0.0
+
+    @property
+    def stage(self) -> str:
+        """The stage's name, and that of the folder with choice.json."""
+        return stage_of(self.name)
+
+    def round(self, number: int) -> Path:
+        """Where a round's policy, pools and log are built."""
+        return self.folder / "rounds" / str(number)
+
+    def policy(self, number: int) -> Path:
+        """A round's policy; pi_SFT stands before the first."""
+        return self.round(number) / "policy" if number else self.run.path("policies/sft")
+
+    def start(self, number: int, name: str) -> Path:
+        """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before, which
+        it always is where the reward is refreshed."""
+        return self.policy(number - 1) if name == "before" or self.settings.refresh != "none" else self.run.path("policies", name)
+
+    @property
+    def refreshed(self) -> RewardSettings:
+        """How a reward is refreshed: as the run's own was learned, on another contrast."""
+        assert self.learning is not None  # the stage hands it over where it is asked for
+        return self.learning.model_copy(update={"contrast": self.settings.refresh, "mixture": {}, "ensemble": []})
+
+    def scorer(self, number: int) -> Path:
+        """The reward that a round learns from: the one that selects, from the second round on the refreshed one where it is refreshed."""
+        if number == 1 or self.settings.refresh == "none":
+            return self.run.path("rewards", self.reward)
+        return self.round(number) / "reward" / (f"{self.settings.refresh}+likelihood" if self.likelihood else self.settings.refresh)
+
+    def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
+        """Samples of a round's policy, in `NAME.parquet` beside it."""
+        pool = self.round(number) / f"{name}.parquet"
+        about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
+        draw_pool(self.policy(number), wanted, self.sampling, folder=pool, **about)
+        return read_pool(pool)
+
+    def drawn(self, number: int) -> int:
+        """Tokens that were drawn of the policy before this round on the train prompts."""
+        pool = self.round(number - 1) / "train.parquet"
+        return sum(sample.tokens for sample in read_pool(pool)) if pool.exists() else 0
+
+
+def own_answers(work: Work, number: int) -> list[Sample]:
+    """The answers of the policy before this round to the train prompts: those of pi_SFT are stored, and drawn anew where they are too few."""
+    stored, wanted = stored_samples(work.run, "sft", "train"), work.settings.answers or work.sampling.train_generations
+    if number == 1 and wanted <= work.sampling.train_generations:
+        return [s for s in stored if s.index < wanted]
+    return work.draw(number - 1, "train", [(p, wanted) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
+
+
+def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
+    """Their scores under the reward of this round. Shape [len(samples)]."""
+    return scores_of({"reward": work.scorer(number)}, *scored_texts(samples), work.sampling, work.round(number) / "scores")["reward"]
