@@ -153,3 +153,31 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path, policy, monkeypat
     assert _train("grpo", policy, tmp_path / "cut", **saving) == whole and math.isfinite(whole["loss"])
     weights = [(tmp_path / name / "aligned/model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo"])
+def test_our_sampler_draws_where_it_knows_the_law(tmp_path, policy, monkeypatch, method):
+    """Nearly greedy answers are those of `generate`, in training mode and out of it; a field of TRL's own leaves drawing to TRL."""
+    asked = []
+    theirs = rloo._drawing_here
+
+    def recorded(kind):
+        class Recorded(theirs(kind)):
+            def _generate_single_turn(self, prompt_ids, *rest, **more):
+                found = super()._generate_single_turn(prompt_ids, *rest, **more)
+                asked.append((self.ours is not None, found[0] if method == "grpo" else found))
+                assert self.model.training
+                return found
+
+        return Recorded
+
+    monkeypatch.setattr(rloo, "_drawing_here", recorded)
+    greedy = SamplingSettings(max_new_tokens=12, temperature=1e-4)
+    config = on_policy_config(method, OnPolicySettings(num_generations=4), greedy)
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats(), "length_penalty": 0.0, "config": config}
+    for name, more in (("ours", {}), ("theirs", {"repetition_penalty": 1.0})):
+        settings = TrainerSettings(max_steps=1, per_device_train_batch_size=8, trainer={"logging_steps": 1, **more})
+        places = {"folder": tmp_path / name, "checkpoints": tmp_path / f"{name}-checkpoints"}
+        train_on_policy(policy, SAMPLES, DEV, settings, **options, **places)
+    (by_us, own), (by_them, other) = asked
+    assert (by_us, by_them) == (True, False) and own == other and len(own) == 8 and len({tuple(ids) for ids in own}) == 2

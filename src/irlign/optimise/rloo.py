@@ -168,8 +168,9 @@ def train_on_policy(
             trainer.paid(rewards, tokens)
         return [*rewards]
 
-    kind: Any = _dense_trainer() if dense else RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer
-    trainer = kind(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
+    kind = _drawing_here(RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)
+    trainer = (_paying_tokens(kind) if dense else kind)(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
+    trainer.ours = _faster(trainer, policy, settings)
     log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
     log |= {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
     if dense and dense.learned:
@@ -197,13 +198,51 @@ def _ends(policy: Policy) -> set[int]:
     return {int(policy.tokenizer.eos_token_id), *(e for e in (ends if isinstance(ends, list) else [ends]) if e is not None)}  # type: ignore[arg-type]
 
 
-def _dense_trainer() -> type:
-    """TRL's GRPOTrainer with an advantage for each token: `paid(rewards, pay)` tells it what the answers that it has just drawn are paid in all, and
-    token by token."""
-    import torch
+GENERATION = {  # fields of TRL's that change how answers are drawn, of which our sampler knows nothing
+    *("min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
+    *("use_vllm", "use_transformers_paged", "use_transformers_continuous_batching"),
+}
+
+
+def _faster(trainer: Any, policy: Policy, settings: TrainerSettings) -> dict[str, Any] | None:
+    """What our sampler needs to draw in the place of `generate`, with the same law: on a CPU, where it is several times as fast
+    (docs/speed.md), and for a model that it serves. None elsewhere."""
+    from irlign.sampling.state import serves
+
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if policy.device.type != "cpu" or sharded or GENERATION & settings.trainer.keys() or not serves(policy.model, policy.pad_id):
+        return None
+    given = trainer.args
+    law = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k, "max_new_tokens": given.max_completion_length}
+    ends = sorted(_ends(policy))
+    return {"settings": SamplingSettings(**law), "ends": ends, "pad_id": policy.pad_id, "context": policy.max_length}
+
+
+def _drawing_here(kind: Any) -> Any:
+    """A trainer of TRL's that draws its answers with our sampler where `ours` says how."""
     from trl import GRPOTrainer
 
-    class DenseGRPO(GRPOTrainer):
+    from irlign.sampling.in_training import draw_in_training
+
+    class Drawing(kind):
+        ours: dict[str, Any] | None = None
+
+        def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
+            if self.ours is None:
+                return super()._generate_single_turn(prompt_ids, *rest, **more)
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            drawn = draw_in_training(getattr(model, "get_base_model", lambda: model)(), prompt_ids, **self.ours)
+            return (drawn, None) if issubclass(kind, GRPOTrainer) else drawn
+
+    return Drawing
+
+
+def _paying_tokens(kind: Any) -> Any:
+    """A GRPOTrainer with an advantage for each token: `paid(rewards, pay)` tells it what the answers that it has just drawn are paid in all, and
+    token by token."""
+    import torch
+
+    class PayingTokens(kind):
         def paid(self, rewards: Sequence[float], pay: Sequence[np.ndarray]) -> None:
             self.last = rewards, pay
 
@@ -219,4 +258,4 @@ def _dense_trainer() -> type:
             first = self.accelerator.process_index * len(reward_B)
             return {**found, "advantages": advantage_N_T[first : first + len(reward_B), :own]}
 
-    return DenseGRPO
+    return PayingTokens
