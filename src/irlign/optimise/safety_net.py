@@ -83,12 +83,12 @@ def alarms_of(
     if measures["tokens"] > LONGER * sft["tokens"]:
         seen = f"{measures['tokens']:.0f} tokens an answer, and SFT's have {sft['tokens']:.0f}"
         found.append(("the aligned policy's answers have grown", seen, "read the samples: the reward may pay for length"))
-    if measures["distinct_answers"] < FEWER * sft["distinct_answers"]:
+    moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
+    if measures["distinct_answers"] < FEWER * sft["distinct_answers"] and moved["ci95"][0] > most:
         seen = f"{measures['distinct_answers']:.0%} of a prompt's answers differ, and {sft['distinct_answers']:.0%} of SFT's"
         found.append(
             ("the aligned policy's answers repeat", seen, "lower optimise.num_train_epochs or learning_rate, or raise optimise.winners")
         )
-    moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
     if moved["ci95"][0] > max(most, sft_moved["ci95"][1]):
         seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers at most {most:.1f}"
         do = "lower optimise.learning_rate or num_train_epochs, or hold it harder where the method has a beta"
