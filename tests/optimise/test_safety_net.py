@@ -71,11 +71,12 @@ def _measures(tokens=20.0, distinct_answers=0.8, **nats):
 
 
 def test_each_alarm_goes_off_where_it_should():
-    sft, fine = _measures(kl_initial=(0.9, 1.0, 1.1)), np.tile([0.4, 0.2], 20)
-    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41), sft, fine, [fine - 0.1]) == []
+    sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
+    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, [fine - 0.1]) == []
+    assert alarms_of(_measures(distinct_answers=0.2, kl_sft=(3.1, 3.2, 3.3)), sft, fine, []) == []  # as the best of 64 repeat
     grown, repeated, below, turned = (
         alarms_of(_measures(tokens=31.0), sft, fine, []),
-        alarms_of(_measures(distinct_answers=0.39), sft, fine, []),
+        alarms_of(_measures(distinct_answers=0.39, kl_sft=(3.2, 3.3, 3.4)), sft, fine, []),
         alarms_of(_measures(), sft, -fine, []),
         alarms_of(_measures(), sft, fine, [fine + 0.2, fine - 0.2]),
     )

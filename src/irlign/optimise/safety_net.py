@@ -76,8 +76,9 @@ def alarms_of(
     """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, a policy that has moved far from
     pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
 
-    Far is `kl_sft` (its whole interval) beyond what the best of FAR answers costs at most and beyond `kl_initial` of pi_SFT: the judge has seen no
-    such answers, and what training finds out there pleases it for nothing.
+    Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
+    most: up to there a prompt's answers grow alike in Best-of-n too, and where one answer is right that is what there is to learn. Far is `kl_sft`
+    beyond that and beyond `kl_initial` of pi_SFT: the judge has seen no such answers, and what training finds out there pleases it for nothing.
     """
     found = []
     if measures["tokens"] > LONGER * sft["tokens"]:

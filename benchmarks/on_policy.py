@@ -1,0 +1,88 @@
+"""RLOO and GRPO side by side: the same training with answers drawn by TRL's `generate` and by irlign's sampler, which is where their time goes.
+
+    python benchmarks/on_policy.py [--quick] [--only SHAPE] [--repeats K] [--cpu] [--json FILE]
+
+The models of benchmarks/sampling.py, whose answers have a geometric length with mean 39, cut at 96; prompts of 32 to 96 tokens, 8 answers each, 64 answers
+a step; a reward that counts words. Seconds are of the whole training, models loaded and saved; tokens are those drawn. A ratio is to `generate` with the same method in the same repeat, the
+spread the smallest and largest of them.
+"""
+
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sampling import NEW, make_model
+from side_by_side import command, in_turn, rows_of, show, texts, word_tokenizer
+from training import quiet
+
+from irlign.optimise.rloo import on_policy_config, train_on_policy
+from irlign.optimise.settings import OnPolicySettings
+from irlign.records import Prompt, PromptContent, Sample
+from irlign.sampling.engine import SamplingSettings
+from irlign.training import TrainerSettings
+
+METHODS: tuple[Literal["rloo", "grpo"], ...] = ("rloo", "grpo")
+DRAWN_BY: dict[str, dict[str, Any]] = {"generate": {"repetition_penalty": 1.0}, "irlign": {}}  # a field of TRL's own leaves drawing to TRL
+
+
+class Words:
+    """A reward that costs nothing."""
+
+    name = "words"
+
+    def score(self, prompts: Sequence[PromptContent], completions: Sequence[str]) -> np.ndarray:
+        return np.array([float(len(set(text.split()))) for text in completions])
+
+
+def train(start: Path, folder: Path, asked: Sequence[Sample], method: Literal["rloo", "grpo"], trainer: dict[str, Any]) -> int:
+    """One pass over the prompts; the tokens it drew."""
+    config = on_policy_config(method, OnPolicySettings(), SamplingSettings(max_new_tokens=NEW))
+    settings = TrainerSettings(learning_rate=1e-5, num_train_epochs=1, per_device_train_batch_size=64, trainer=trainer)
+    places: dict[str, Any] = {"folder": folder / "policy", "checkpoints": folder / "checkpoints"}
+    about: dict[str, Any] = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Words(), "length_penalty": 0.0}
+    shutil.rmtree(folder, ignore_errors=True)
+    return train_on_policy(start, asked, [], settings, config=config, **places, **about)["drawn"]
+
+
+def measure(shape: str, prompts: int, repeats: int, **timing: Any) -> list[dict[str, Any]]:
+    """The table's rows for one shape."""
+    asked = [Sample(Prompt.of(prompt, "train"), 0, answer, "eos", len(answer.split()) + 1, -1.0) for prompt, answer in texts(prompts, 1)]
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        start = Path(place, "start")
+        model = make_model(shape, "realistic", torch.float32)
+        model.save_pretrained(start)
+        word_tokenizer(model.config.vocab_size).save_pretrained(start)
+        for method in METHODS:
+            runs = {name: partial(train, start, Path(place, "out"), asked, method, more) for name, more in DRAWN_BY.items()}
+            train(start, Path(place, "out"), asked[:8], method, {})  # imports and first calls
+            seconds, drawn = in_turn(runs, repeats, **timing)
+            rows = rows_of(seconds, "generate", round(float(np.mean(list(drawn.values())))), shape=shape, kind=method)
+            for row in rows:
+                row["more"] = method
+            show(rows)
+            found += rows
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    quiet()
+
+    def run(given: Namespace) -> list[dict[str, Any]]:
+        if given.quick:
+            return measure("llama 0.9 M", 16, given.repeats or 2, clock=given.clock)
+        plan = {"llama 0.9 M": (128, 5), "gpt-2 small": (8, 3)}
+        wanted = [(shape, *size) for shape, size in plan.items() if given.only in (None, shape)]
+        return [row for shape, prompts, repeats in wanted for row in measure(shape, prompts, given.repeats or repeats, clock=given.clock)]
+
+    command(__doc__, run, arguments, "the 0.9 M Llama on a few prompts, under a minute")
+
+
+if __name__ == "__main__":
+    main()
