@@ -21,10 +21,10 @@ OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
 DISCRIMINATOR = {"learning_rate": 5e-4, "num_train_epochs": 2}
-# Over the defaults of `optimise`; distill's are those of recipes/quickstart.yaml. Of the others the learning rate was looked at, on one
-# development seed (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens.
+# Over the defaults of `optimise`. distill's winners and passes were looked at on development seeds of two worlds, of the others the learning rate
+# on one seed of one world (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "distill": {"answers": 32, "winners": 2, "learning_rate": 1e-3, "num_train_epochs": 4},
+    "distill": {"answers": 32, "learning_rate": 1e-3, "num_train_epochs": 8},
     "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
     "dpo": {"answers": 32, "learning_rate": 1e-4, "num_train_epochs": 4},
     "spin": {"rounds": 2, "learning_rate": 1e-4, "num_train_epochs": 1},
