@@ -9,7 +9,7 @@ from tiny import make_tiny_policy
 
 from irlign import forward
 from irlign.data.chat import Encoded, Format
-from irlign.policy.likelihood import answer_log_probs, mean_nll, sequence_log_probs
+from irlign.policy.likelihood import answer_log_probs, mean_nll, sequence_log_probs, token_log_probs
 from irlign.policy.load import load_policy
 from irlign.records import Prompt, Sample
 
@@ -35,6 +35,16 @@ def test_it_is_the_sum_of_token_log_probabilities(policy):
     assert sequence_log_probs(policy, rows) == pytest.approx(expected, abs=1e-4)
     tokens = sum(len(row.completion_ids) for row in rows)
     assert mean_nll(policy, rows) == pytest.approx(-sum(expected) / tokens, abs=1e-5)
+
+
+def test_every_token_has_its_own_alone_and_with_others_after_the_same_prompt(policy):
+    rows = Format(policy.tokenizer).encode([PROMPTS[0]] * 3, COMPLETIONS[:3])
+    rows.append(Encoded(rows[0].prompt_ids, []))
+    for row, own in zip(rows, token_log_probs(policy, rows), strict=True):
+        with torch.inference_mode():
+            logprobs = policy.model(input_ids=torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+        expected = [float(logprobs[t - 1, row.ids[t]]) for t in range(len(row.prompt_ids), len(row))]
+        assert own.shape == (len(row.completion_ids),) and own == pytest.approx(np.array(expected), abs=1e-4)
 
 
 def test_the_batch_changes_nothing(policy, monkeypatch):

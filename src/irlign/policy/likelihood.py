@@ -1,18 +1,14 @@
 """How likely an answer is under a policy: token log-probabilities and their sums, in length-sorted batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from irlign.data.chat import IGNORED, Encoded, Format, pad
+from irlign.data.chat import Encoded, Format
 from irlign.forward import Batch, each_batch
 from irlign.policy.load import Policy, load_policy
 from irlign.records import Sample
-
-if TYPE_CHECKING:
-    import torch
 
 LOGITS = 2**30  # at most so many numbers in one batch of logits, whatever the vocabulary: 4 GiB
 
@@ -22,45 +18,36 @@ def sequence_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -
 
     A row longer than the model's context is cut to it.
     """
-    result = np.zeros(len(rows))
-
-    def total(batch: Batch, nll_B_T: "torch.Tensor") -> None:
-        result[batch.places] = -nll_B_T.sum(1).double().cpu().numpy()
-        if progress is not None:
-            progress.advance(len(batch.rows))
-
-    _read(policy, rows, total)
-    return result
+    return np.array([own_T.sum() for own_T in token_log_probs(policy, rows, progress)])
 
 
-def token_log_probs(policy: Policy, rows: Sequence[Encoded]) -> list[np.ndarray]:
+def token_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -> list[np.ndarray]:
     """log pi(y_t | x, y_<t) of each token of each row's completion, in nats. `rows` arrays of shape [tokens], a row longer than the model's
     context being cut to it."""
-    result: list[np.ndarray] = [np.zeros(0)] * len(rows)
-
-    def each(batch: Batch, nll_B_T: "torch.Tensor") -> None:
-        for place, row, own_T in zip(batch.places, batch.rows, nll_B_T.double().cpu().numpy(), strict=True):
-            first = len(row.prompt_ids) - 1  # position t predicts token t + 1
-            result[place] = -own_T[first : first + len(row.completion_ids)]
-
-    _read(policy, rows, each)
-    return result
-
-
-def _read(policy: Policy, rows: Sequence[Encoded], take: Callable[[Batch, "torch.Tensor"], None]) -> None:
-    """`take(batch, nll_B_T)` on every row once, in nats, 0 where no completion token is predicted."""
     import torch
 
     rows = [row.within(policy.max_length) for row in rows]
+    found: list[np.ndarray] = [np.zeros(0)] * len(rows)
     vocabulary = int(policy.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
     def read(batch: Batch) -> None:
-        logits_B_T_V = policy.model(**batch.inputs).logits[:, :-1].float()
-        targets_B_T = pad([row.labels for row in batch.rows], IGNORED)[0][:, 1:].to(policy.device)
-        take(batch, torch.nn.functional.cross_entropy(logits_B_T_V.transpose(1, 2), targets_B_T, ignore_index=IGNORED, reduction="none"))
+        logits_B_T_V, own = policy.model(**batch.inputs).logits, list[torch.Tensor]()
+        for logits_T_V, row in zip(
+            logits_B_T_V, batch.rows, strict=True
+        ):  # row by row, and of the prompt nothing: a quarter of the time of all at once
+            first = len(row.prompt_ids) - 1  # position t predicts token t + 1
+            logits_K_V = logits_T_V[first : first + len(row.completion_ids)].float()
+            chosen_K_1 = torch.tensor(row.completion_ids, dtype=torch.long, device=logits_K_V.device)[:, None]
+            own.append(logits_K_V.gather(1, chosen_K_1)[:, 0] - logits_K_V.logsumexp(-1))
+        ends = np.cumsum([len(row.completion_ids) for row in batch.rows])[:-1]
+        for place, own_K in zip(batch.places, np.split(torch.cat(own).double().cpu().numpy(), ends), strict=True):
+            found[place] = own_K
+        if progress is not None:
+            progress.advance(len(batch.rows))
 
     with torch.inference_mode():
         each_batch(policy.model, rows, policy.pad_id, read, where=f"scoring with {policy.name}", most=LOGITS // vocabulary)
+    return found
 
 
 def mean_nll(policy: Policy, rows: Sequence[Encoded]) -> float:
