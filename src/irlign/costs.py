@@ -23,8 +23,8 @@ CANDIDATE_TOKEN = 3  # the same in candidates.parquet, scores included (0.38 MB 
 @dataclass(frozen=True)
 class Shape:
     """A decoder as numbers. `looked_up` of the parameters never multiply (an input embedding of its own), `head` are the output
-    layer's; `attention` and `kept` are the widths of all queries and of all keys of a layer; `size` is bytes of a stored weight; of the weights
-    there are `copies` in memory while answers are drawn or scored (packed.py)."""
+    layer's; `attention` and `kept` are the widths of all queries and of all keys of a layer; `size` is bytes of a stored weight; `laid_out`
+    of the parameters are in memory twice while answers are drawn or scored (packed.py)."""
 
     parameters: int
     looked_up: int
@@ -35,7 +35,7 @@ class Shape:
     kept: int
     vocabulary: int
     size: int = 4
-    copies: int = 1
+    laid_out: int = 0
 
     def forward(self, tokens: float, seen: float, head: bool = True) -> float:
         """Operations of so many tokens that attend to `seen` tokens each on average, with the output layer or without."""
@@ -66,11 +66,11 @@ class Shape:
 
     def sampling_memory(self, rows: int, length: float, size: int) -> float:
         """Bytes while so many answers are drawn side by side: weights, keys and values, one step's logits."""
-        return self.copies * self.parameters * size + self.cache(rows * length, size) + rows * LOGITS * self.vocabulary
+        return (self.parameters + self.laid_out) * size + self.cache(rows * length, size) + rows * LOGITS * self.vocabulary
 
     def scoring_memory(self, tokens: int, head: bool) -> float:
         """Bytes while a batch of so many tokens is read in float32."""
-        return self.copies * self.parameters * 4 + tokens * 4 * (8 * self.hidden + (2 * self.vocabulary if head else 0))
+        return (self.parameters + self.laid_out) * 4 + tokens * 4 * (8 * self.hidden + (2 * self.vocabulary if head else 0))
 
 
 @dataclass(frozen=True)

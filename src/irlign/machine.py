@@ -76,6 +76,16 @@ def free_memory(device: str) -> int:
     return min(found, default=1 << 30)
 
 
+def total_memory() -> int:
+    """Bytes of the machine's memory, or of its control group's limit; 1 GiB where the system cannot tell."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=1 << 30)
+
+
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Inside, memory that is freed stays with this process for what it allocates next; at the end, and with `give_memory_back`, the system

@@ -5,11 +5,13 @@ oneDNN, which torch carries, takes weights that are laid out already, for the sa
 """
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from irlign.machine import free_memory
+from irlign.errors import out_of_memory
+from irlign.machine import total_memory
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +21,25 @@ PAYS_FROM = 2048  # tokens: fewer do not win back the time of laying out
 
 
 def pack(model: "torch.nn.Module") -> list[Any]:
-    """From now on the large linear layers of a model on a CPU compute with weights that are laid out once; they are returned. None where a quarter of the free
-    memory does not hold a second copy of them. For inference: gradients do not pass, and weights that change are not seen."""
+    """From now on the large linear layers of a model on a CPU compute with weights that are laid out once; they are returned. None where a quarter of the machine's
+    memory does not hold a second copy of them, and as many more as processes of so many threads have cores: a rule that gives the same today and on a resume. For inference:
+    gradients do not pass, and weights that change are not seen."""
     import torch
 
     layers: list[Any] = [layer for layer in model.modules() if _fits(layer)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    if not layers or size > free_memory("cpu") // 4 or not _works():
+    sharing = max(1, (os.cpu_count() or 1) // torch.get_num_threads())
+    if not layers or size * sharing > total_memory() // 4 or not all(map(_works, {layer.weight.dtype for layer in layers})):
         return []
-    for layer in layers:
-        weight_N_K = layer.weight.detach() if isinstance(layer, torch.nn.Linear) else layer.weight.detach().t().contiguous()
-        layer.forward = partial(_product, _lay_out(weight_N_K), layer.bias, layer.forward, weight_N_K.dtype)
+    try:
+        for layer in layers:
+            weight_N_K = layer.weight.detach() if isinstance(layer, torch.nn.Linear) else layer.weight.detach().t().contiguous()
+            layer.forward = partial(_product, _lay_out(weight_N_K), layer.bias, layer.forward, weight_N_K.dtype)
+    except (RuntimeError, MemoryError) as error:
+        _unpack(layers)
+        if out_of_memory(error):
+            return []
+        raise
     return layers
 
 
@@ -40,8 +50,12 @@ def packed(model: "torch.nn.Module", tokens: float = float("inf")) -> Iterator[N
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+        _unpack(layers)
+
+
+def _unpack(layers: Sequence[Any]) -> None:
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
 
 
 def _fits(layer: Any) -> bool:
@@ -62,22 +76,23 @@ def _lay_out(weight_N_K: "torch.Tensor") -> "torch.Tensor":
 
 
 def _product(laid_out: "torch.Tensor", bias: "torch.Tensor | None", plain: Any, dtype: "torch.dtype", x: "torch.Tensor") -> "torch.Tensor":
-    """The layer's output; as torch computes it where the input is in another number format (autocast) or empty."""
+    """The layer's output; as torch computes it under autocast, and where the input is in another number format or empty."""
     import torch
 
-    if x.dtype != dtype or not x.numel():
+    if torch.is_autocast_enabled("cpu") or x.dtype != dtype or not x.numel():
         return plain(x)
     return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
 
 
 @cache
-def _works() -> bool:
-    """Whether this torch has these products, and they are those of a linear layer."""
+def _works(dtype: "torch.dtype") -> bool:
+    """Whether this torch has these products on this processor, and they are those of a linear layer."""
     import torch
 
-    weight, x = torch.linspace(-1, 1, 64 * 32).reshape(64, 32), torch.linspace(-2, 2, 3 * 32).reshape(1, 3, 32)
-    try:
-        found = _product(_lay_out(weight), None, None, weight.dtype, x)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return torch.allclose(found, torch.nn.functional.linear(x, weight), atol=1e-5)
+    with torch.autocast("cpu", enabled=False):
+        weight, x = torch.linspace(-1, 1, 64 * 32).reshape(64, 32).to(dtype), torch.linspace(-2, 2, 3 * 32).reshape(1, 3, 32).to(dtype)
+        try:
+            found = _product(_lay_out(weight), None, None, dtype, x)
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return torch.allclose(found, torch.nn.functional.linear(x, weight), atol=1e-5 if dtype == torch.float32 else 1e-1)

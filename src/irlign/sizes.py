@@ -40,8 +40,9 @@ def shape_of(path: str, cuda: bool = False) -> Shape:
     size = 2 if cuda and str(config.dtype).endswith("16") else 4  # on a CPU a policy is held and saved in float32
     looked_up = 0 if config.tie_word_embeddings else table
     attention, layers = config.num_attention_heads * width, config.num_hidden_layers
-    copies = 2 if not cuda and config.hidden_size**2 >= LARGE else 1
-    return Shape(count_parameters(path), looked_up, table, layers, config.hidden_size, attention, kept, config.vocab_size, size, copies)
+    count, wide = count_parameters(path), getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    large = (table if table >= LARGE else 0) + (count - table - looked_up if config.hidden_size * wide >= LARGE else 0)
+    return Shape(count, looked_up, table, layers, config.hidden_size, attention, kept, config.vocab_size, size, 0 if cuda else large)
 
 
 def world_sizes(recipe: Recipe) -> tuple[Sizes, Shape]:

@@ -25,9 +25,9 @@ def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
     spread = np.std([0, 2, 4, 6])
     assert judged_gains(own, sft) == pytest.approx([(3 - 1) / spread, (7 - 5) / spread])
     assert judged_gains(sft, sft) == pytest.approx([0, 0])
-    assert sft.measures(2) == pytest.approx({"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2})
+    assert sft.measures(2) == pytest.approx({"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4})
     assert sft.measures(1)["distinct_answers"] == 1  # among as many answers as the other has
-    assert own.measures(4) == pytest.approx({"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1})
+    assert own.measures(4) == pytest.approx({"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1, "commonest_answer": 1 / 3})
 
 
 def test_kl_is_the_mean_log_ratio_over_prompts():
@@ -63,11 +63,11 @@ def test_more_candidates_ask_for_more():
     assert choose([one])[1] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
 
 
-def _measures(tokens=20.0, distinct_answers=0.8, **nats):
+def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, **nats):
     """What alarms are made of; KLs are (low, mean, high)."""
     nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
     found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
-    return {"tokens": tokens, "distinct_answers": distinct_answers, **found}
+    return {"tokens": tokens, "distinct_answers": distinct_answers, "commonest_answer": commonest_answer, **found}
 
 
 def test_each_alarm_goes_off_where_it_should():
@@ -85,6 +85,18 @@ def test_each_alarm_goes_off_where_it_should():
     assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
     noisy = np.random.default_rng(0).normal(size=40)
     assert alarms_of(_measures(), sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
+
+
+def test_one_answer_to_many_prompts_is_an_alarm_however_near_the_policy_is():
+    """More than a quarter of all answers, and more than twice as many as the commonest of pi_SFT's: where it says yes to half of the prompts itself, it is none."""
+    fine = np.tile([0.4, 0.2], 20)
+
+    def alarms(own, its):
+        return alarms_of(_measures(commonest_answer=own), _measures(commonest_answer=its, kl_initial=(0.9, 1.0, 1.1)), fine, [])
+
+    assert alarms(0.25, 0.01) == alarms(0.9, 0.45) == []
+    (found,) = alarms(0.26, 0.01)
+    assert found["name"] == "the aligned policy gives one answer to many prompts" and found["seen"].startswith("26% of all")
 
 
 def test_a_policy_far_from_sft_raises_an_alarm_however_it_is_judged():

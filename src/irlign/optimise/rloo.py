@@ -6,6 +6,7 @@ KL, a control of the length, and the safety net.
 """
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,6 +199,7 @@ def _ends(policy: Policy) -> set[int]:
     return {int(policy.tokenizer.eos_token_id), *(e for e in (ends if isinstance(ends, list) else [ends]) if e is not None)}  # type: ignore[arg-type]
 
 
+KNOWN_TRL = "1.16."  # where `_generate_single_turn` is what it is here; other versions draw by themselves
 GENERATION = {  # fields of TRL's that change how answers are drawn, of which our sampler knows nothing
     *("min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
     *("use_vllm", "use_transformers_paged", "use_transformers_continuous_batching"),
@@ -205,12 +207,18 @@ GENERATION = {  # fields of TRL's that change how answers are drawn, of which ou
 
 
 def _faster(trainer: Any, policy: Policy, settings: TrainerSettings) -> dict[str, Any] | None:
-    """What our sampler needs to draw in the place of `generate`, with the same law: on a CPU, where it is several times as fast
+    """What our sampler needs to draw in the place of `generate`, with the same law: on a CPU, where it is the faster one
     (docs/speed.md), and for a model that it serves. None elsewhere."""
     from irlign.sampling.state import serves
 
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if policy.device.type != "cpu" or sharded or GENERATION & settings.trainer.keys() or not serves(policy.model, policy.pad_id):
+    sharded, known = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, version("trl").startswith(KNOWN_TRL)
+    if (
+        policy.device.type != "cpu"
+        or sharded
+        or not known
+        or GENERATION & settings.trainer.keys()
+        or not serves(policy.model, policy.pad_id)
+    ):
         return None
     given = trainer.args
     law = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k, "max_new_tokens": given.max_completion_length}
@@ -231,7 +239,9 @@ def _drawing_here(kind: Any) -> Any:
             if self.ours is None:
                 return super()._generate_single_turn(prompt_ids, *rest, **more)
             model = self.accelerator.unwrap_model(self.model_wrapped)
-            drawn = draw_in_training(getattr(model, "get_base_model", lambda: model)(), prompt_ids, **self.ours)
+            drawn = draw_in_training(
+                getattr(model, "get_base_model", lambda: model)(), prompt_ids, **self.ours, process=self.accelerator.process_index
+            )
             return (drawn, None) if issubclass(kind, GRPOTrainer) else drawn
 
     return Drawing

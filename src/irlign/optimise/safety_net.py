@@ -5,6 +5,7 @@ weighed by the judge of optimise/heldout.py on the dev prompts, paired with pi_S
 to be better. Pure functions of numbers.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from irlign.records import Sample
 from irlign.statistics import estimate, kl_bound
 
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers so many times as frequent
+COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
 
@@ -35,7 +37,8 @@ class Judged:
         return {prompt_id: float(np.mean(of)) for prompt_id, of in found.items()}
 
     def measures(self, generations: int) -> dict[str, float]:
-        """`tokens` of an answer, the share `finished`, and `distinct_answers`, the share among the first `generations` of a prompt."""
+        """`tokens` of an answer, the share `finished`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ, and
+        `commonest_answer`, the share of all prompts' that are one and the same."""
         texts: dict[str, list[str]] = {}
         for sample in self.samples:
             if sample.index < generations:
@@ -44,6 +47,7 @@ class Judged:
             "tokens": float(np.mean([s.tokens for s in self.samples])),
             "finished": float(np.mean([s.finished for s in self.samples])),
             "distinct_answers": float(np.mean([len(set(of)) / len(of) for of in texts.values()])),
+            "commonest_answer": max(Counter(everything := [text for of in texts.values() for text in of]).values()) / len(everything),
         }
 
 
@@ -73,8 +77,8 @@ def kl(answers: Judged, own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any
 def alarms_of(
     measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[np.ndarray]
 ) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, a policy that has moved far from
-    pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, one answer to many prompts, a policy that
+    has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
 
     Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
     most: up to there a prompt's answers grow alike in Best-of-n too, and where one answer is right that is what there is to learn. Far is `kl_sft`
@@ -90,6 +94,9 @@ def alarms_of(
         found.append(
             ("the aligned policy's answers repeat", seen, "lower optimise.num_train_epochs or learning_rate, or raise optimise.winners")
         )
+    if measures["commonest_answer"] > max(COMMON, OFTENER * sft["commonest_answer"]):
+        seen = f"{measures['commonest_answer']:.0%} of all answers are the same, and {sft['commonest_answer']:.0%} of SFT's"
+        found.append(("the aligned policy gives one answer to many prompts", seen, "read the samples: the reward may pay for a phrase"))
     if moved["ci95"][0] > max(most, sft_moved["ci95"][1]):
         seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers at most {most:.1f}"
         do = "lower optimise.learning_rate or num_train_epochs, or hold it harder where the method has a beta"
@@ -103,7 +110,7 @@ def alarms_of(
 
 def choose(candidates: Sequence[Candidate]) -> tuple[str, list[float]]:
     """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), among
-    those without an alarm, and pi_SFT where none of these bounds lies above 0. A policy whose answers grow or repeat may please the judge as
+    those without an alarm, and pi_SFT where none of these bounds lies above 0. A policy whose answers grow, say, may please the judge as
     it pleases the reward (docs/studies/frozen_reward.md)."""
     if not candidates:
         return SFT, []

@@ -6,23 +6,29 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from irlign.packed import packed
 from irlign.sampling.decoder import Decoder, Room, Row
 from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.state import SharedState
 
 
 def draw_in_training(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: SamplingSettings, *, ends: Sequence[int], pad_id: int, context: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    ends: Sequence[int],
+    pad_id: int,
+    context: int,
+    process: int = 0,
 ) -> list[list[int]]:
     """The tokens of one answer to each prompt, given as tokens, EOS included; equal prompts are computed once. Seeds are drawn from torch's global random state, so a training that
-    is resumed with it draws the same. The model is in training mode again afterwards if it was."""
-    seeds = torch.randint(1 << 62, (len(prompts),)).tolist()
+    is resumed with it draws the same; each `process` has its own. The model is in training mode again afterwards if it was."""
+    seeds = [(seed << 16) + process for seed in torch.randint(1 << 46, (len(prompts),)).tolist()]
     rows = [Row(tuple(ids), seed, min(settings.max_new_tokens, context - len(ids))) for ids, seed in zip(prompts, seeds, strict=True)]
     training, found = model.training, dict[Row, list[int]]()
     model.eval()
     try:
-        with torch.inference_mode(), packed(model, sum(row.limit for row in rows)):
+        with torch.inference_mode():
             decoder = Decoder(SharedState(model, pad_id), settings, ends=ends, context=context, stopped=_never)
             decoder.add(rows)
             while len(found) < len(rows):
