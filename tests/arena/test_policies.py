@@ -41,7 +41,7 @@ def test_a_row_is_what_the_pipeline_publishes(tmp_path, monkeypatch):
     choice = read_json(run.path("optimise-distill/choice.json"))
     one = choice["candidates"]["round-1"]
     winners = one["training"]["rows"]
-    assert winners <= 2 * 24 and one["training"]["steps"] == 4 * -(-winners // 16)
+    assert winners <= 24 and one["training"]["steps"] == 8 * -(-winners // 16)
     pool = [s for s in stored_samples(run, "distill", "dev", "test")]
     assert len(pool) == (20 + 8) * 4 and one["drawn"] > 24 * 32 * 3 + sum(s.tokens for s in pool if s.prompt.split == "dev")
     assert distill.memory > 0 and distill.tokens > weighted.tokens and distill.learned > run.stages["reward-init-sft"]["notes"]["tokens"]
