@@ -1,4 +1,4 @@
-"""RLOO and GRPO side by side: the same training with answers drawn by TRL's `generate` and by irlign's sampler, which is where their time goes.
+"""RLOO and GRPO side by side: the same training with answers drawn by TRL's `generate` and by irlign's sampler.
 
     python benchmarks/on_policy.py [--quick] [--only SHAPE] [--repeats K] [--cpu] [--json FILE]
 

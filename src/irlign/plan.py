@@ -203,14 +203,13 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.num_processes
     trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
-    dense = o.on_policy.dense if o.method == "grpo" else "none"
     others = _discriminators(recipe, sizes, shape, speed, own + new / o.rounds)
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
     texts = (own * o.rounds + new) * o.rewarded
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
     weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
     weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once
-    weighed += 2 * (own * o.rounds + new) * (dense == "log-ratio")
+    weighed += 2 * (own * o.rounds + new) * (o.on_policy.dense == "log-ratio")
     likelihood = bool(recipe.best_of_n.likelihood)
     flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(texts * likelihood + weighed, length)
     flops += shape.read(judged * o.rounds, length, False)
@@ -220,7 +219,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     # drawn here whatever the engine: no endpoint knows this policy
     seconds = sum(s.seconds or 0.0 for s in (trained, *others, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
-    memory += shape.parameters * 4 * {"none": 0, "log-ratio": 2, "discriminator": 1}[dense]  # what pays tokens
+    memory += shape.parameters * 4 * {"none": 0, "log-ratio": 2, "discriminator": 1}[o.on_policy.dense]  # what pays tokens
     memory = max([memory, *(s.memory for s in again)])
     generated = sum(answers for _, answers in pools) * answer
     flops += drawn + sum(s.flops for s in (trained, *others, *again))
@@ -234,7 +233,7 @@ def _discriminators(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed, sc
     rows = []
     if o.method == "gad":
         rows = [pairs(s.train_generations, sizes.rows["train"] / max(1, p)) * p]
-    elif o.method == "grpo" and o.on_policy.dense == "discriminator":
+    elif o.on_policy.dense == "discriminator":
         rows = [s.train_generations * p, *(_refreshed_pairs(recipe, sizes, number)["train"] for number in range(2, o.rounds + 1))]
     read = scored * length, shape.read(scored, length, False)
     return [_trained("discriminator", o.discriminator, of, length, sizes.longest, shape, speed, *read, 2, False) for of in rows]

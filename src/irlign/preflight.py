@@ -77,14 +77,14 @@ def check_method(recipe: Recipe) -> None:
     o = recipe.optimise
     if o.method != "none":
         _accepted(recipe, o, own_config(o, recipe.sampling))
-    if o.method == "gad" or o.on_policy.dense == "discriminator":
+    tokens, model = o.method == "grpo" and o.on_policy.dense == "discriminator", recipe.sft_model_name_or_path or recipe.model_name_or_path
+    if o.method == "gad" or tokens:
         _accepted(recipe, o.discriminator)
-    model = recipe.sft_model_name_or_path or recipe.model_name_or_path
-    if o.on_policy.dense == "discriminator" and model and not has_token_head(model):
+    if tokens and model and not has_token_head(model):
         what = "transformers has no token classifier for models of this type, so none of its tokens can be told apart"
         raise ConfigError(what, where=f"optimise.on_policy.dense, {model}", do="use dense=log-ratio, or none")
-    if recipe.optimise.method == "rlsr" and recipe.optimise.on_policy.encoder != "words":
-        load_config(recipe.optimise.on_policy.encoder)
+    if o.method == "rlsr" and o.on_policy.encoder != "words":
+        load_config(o.on_policy.encoder)
 
 
 def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:

@@ -93,8 +93,7 @@ class Recipe(Settings):
     def _logit_for_objective(self) -> None:
         """gail and fairl are functions of a logit: of log P(better) - log P(worse) itself, and not of something else that ranks like it."""
         o, r = self.optimise, self.reward
-        tokens_only = o.on_policy.dense != "none" and o.on_policy.dense_share == 1
-        shaped = o.method in ("rloo", "grpo") and o.on_policy.objective != "reverse-kl" and not tokens_only
+        shaped = o.method in ("rloo", "grpo") and o.rewarded and o.on_policy.objective != "reverse-kl"
         if shaped and (self.best_of_n.likelihood or r.loss != "logistic" or r.ensemble):
             raise ValueError(
                 f"optimise.on_policy.objective={o.on_policy.objective} is a function of the logit that better is told from worse by: give "

@@ -32,9 +32,7 @@ def token_log_probs(policy: Policy, rows: Sequence[Encoded], progress=None) -> l
 
     def read(batch: Batch) -> None:
         logits_B_T_V, own = policy.model(**batch.inputs).logits, list[torch.Tensor]()
-        for logits_T_V, row in zip(
-            logits_B_T_V, batch.rows, strict=True
-        ):  # row by row, and of the prompt nothing: a quarter of the time of all at once
+        for logits_T_V, row in zip(logits_B_T_V, batch.rows, strict=True):  # row by row, and of the prompt nothing: faster than all at once
             first = len(row.prompt_ids) - 1  # position t predicts token t + 1
             logits_K_V = logits_T_V[first : first + len(row.completion_ids)].float()
             chosen_K_1 = torch.tensor(row.completion_ids, dtype=torch.long, device=logits_K_V.device)[:, None]
