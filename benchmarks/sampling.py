@@ -155,7 +155,7 @@ def measure(
     python: Path = PYTHON, compiled: bool = False,
 ) -> list[Any]:  # fmt: skip
     """Rows of one shape and length law; `engines` are (name, dtype), `limits` GFLOPS for each dtype and GB/s as `memory`. A peer
-    that cannot serve the shape is named on the terminal and has no row."""
+    that cannot serve the shape is named on the terminal and has no row; one that ends later has the repeats it finished."""
     models = {dtype: make_model(shape, lengths, getattr(torch, dtype)) for _, dtype in engines}
     texts = make_prompts(prompts, models[engines[0][1]].config.vocab_size)
     with contextlib.ExitStack() as open_peers, freed_memory_kept():
@@ -172,28 +172,30 @@ def measure(
                     seconds, drawn = repeat[engine]
                     print(f"  {' '.join(engine)}: {sum(drawn)} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
     rows = []
-    for name, dtype in runs:
+    for name, dtype in dict.fromkeys(engine for repeat in found for engine in repeat):
         bases = [("generate", d) for d in dict.fromkeys(("float32", dtype)) if ("generate", d) in runs]
-        counts = [n for repeat in found for n in repeat[name, dtype][1]]
-        speeds = [{engine: sum(drawn) / seconds for engine, (seconds, drawn) in repeat.items()} for repeat in found]
+        whole = [repeat for repeat in found if (name, dtype) in repeat]
+        counts = [n for repeat in whole for n in repeat[name, dtype][1]]
+        speeds = [{engine: sum(drawn) / seconds for engine, (seconds, drawn) in repeat.items()} for repeat in whole]
         ratios = [speed[name, dtype] / max(speed[base] for base in bases) for speed in speeds]
         median = statistics.median(speed[name, dtype] for speed in speeds)
         most = floor(models[dtype], counts, min(ROWS["irlign"], ANSWERS * prompts), limits[dtype], limits["memory"])
         rows.append({
             "engine": name, "shape": shape, "dtype": dtype, "lengths": lengths, "tokens_per_s": median, "ratio": statistics.median(ratios),
             "spread": [min(ratios), max(ratios)], "roofline_share": median / most, "mean_length": statistics.mean(counts),
+            "repeats": len(whole),
         })  # fmt: skip
     return rows
 
 
 @contextlib.contextmanager
 def _unless_it_fails(runs: dict[tuple[str, str], Any], engine: tuple[str, str], shape: str, lengths: str) -> Iterator[None]:
-    """A peer that cannot serve, or dies, has no row, and the others go on."""
+    """A peer that cannot serve, or dies, is not asked again, and the others go on."""
     try:
         yield
     except PeerError as error:
         runs.pop(engine, None)
-        print(f"{shape:12} {lengths:10} {engine[1]}: not measured: {error}", flush=True)
+        print(f"{shape:12} {lengths:10} {engine[1]}: not measured from here on: {error}", flush=True)
 
 
 def _runner(

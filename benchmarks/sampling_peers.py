@@ -3,6 +3,7 @@
 A model goes to them as an ordinary transformers folder, so every engine reads the same weights, and the law of lengths with them.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -61,14 +62,21 @@ class Peer:
         return said["seconds"], said["lengths"]
 
     def close(self) -> None:
-        self.process.communicate()
+        """Ends the process, if it has not ended by itself."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what an ended process has not read
+                pipe and pipe.close()
+        self.process.wait()
         self.folder.cleanup()
 
     def _ask(self, line: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
-        text = self.process.stdout.readline()
+        try:
+            self.process.stdin.write(json.dumps(line) + "\n")
+            self.process.stdin.flush()
+            text = self.process.stdout.readline()
+        except OSError:  # it has ended since it last answered
+            text = ""
         said = json.loads(text) if text else {"error": f"its process ended: {self._last_words()}"}
         if "error" in said:
             self.close()

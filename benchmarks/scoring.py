@@ -7,6 +7,7 @@ at 96. `alone`: irlign where no prompt has two answers, so that nothing is share
 Tokens are those of prompt and answer, for every answer, padding left out. A ratio is to float32 batches of 8 in order in the same
 repeat, the spread the smallest and largest of them. `same winners`: the share of prompts whose best answer is the one of float32 in
 order; `irlign` is held to it in float32 too. Random weights tell answers apart less than a trained reward does.
+`positions`: places that the model computed, padding with them, for each token: what an engine can still save, and below 1 where prompts are shared.
 """
 
 import copy
@@ -68,6 +69,27 @@ def same_winners(found: np.ndarray, held_to: np.ndarray) -> float:
     return float((found.reshape(-1, ANSWERS).argmax(1) == held_to.reshape(-1, ANSWERS).argmax(1)).mean())
 
 
+class Places:
+    """How many places of its input a model has computed, padding with them; `of` is what each engine's last run came to."""
+
+    def __init__(self, *models: Any):
+        self.count, self.of = 0, dict[str, int]()
+        for model in models:
+            model.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _: Any, arguments: Any, named: dict[str, Any]) -> None:
+        self.count += (arguments[0] if arguments else named["input_ids"]).numel()
+
+    def noted(self, name: str, run: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        def again() -> np.ndarray:
+            before = self.count
+            found = run()
+            self.of[name] = self.count - before
+            return found
+
+        return again
+
+
 def measure(
     shape: str, kind: str, *, prompts: int, repeats: int, sizes: Sequence[int] = (8, 16, 32), **timing: Any
 ) -> list[dict[str, Any]]:
@@ -87,15 +109,16 @@ def measure(
         engines[f"irlign, {name}"] = partial(own, its, rows, tokenizer)
     for run in engines.values():  # first calls
         run.func(run.args[0], rows[:ANSWERS], *run.args[2:])  # type: ignore[attr-defined]
-    seconds, results = in_turn(engines, repeats, **timing)
+    places, tokens = Places(model, low), sum(map(len, rows))
+    seconds, results = in_turn({name: places.noted(name, run) for name, run in engines.items()}, repeats, **timing)
     base = next(iter(engines))
-    found = rows_of(seconds, base, sum(map(len, rows)), shape=shape, kind=kind)
+    found = rows_of(seconds, base, tokens, shape=shape, kind=kind)
     for row in found:
+        row["positions"] = places.of[row["engine"]] / tokens
+        row["more"] = f"{kind}, {row['positions']:.2f} positions a token"
         if "alone" not in row["engine"]:
             row["same_winners"] = same_winners(results[row["engine"]], results[base])
-            row["more"] = f"{kind}, {row['same_winners']:.1%} the same winners"
-        else:
-            row["more"] = kind
+            row["more"] += f", {row['same_winners']:.1%} the same winners"
     show(found)
     return found
 

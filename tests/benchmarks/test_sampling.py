@@ -59,6 +59,8 @@ for number, line in enumerate(sys.stdin):
     if number == {lives}:
         sys.exit("killed")
     print(json.dumps({{"seconds": 0.5, "lengths": [len(ids) for ids in json.loads(line) for _ in range(wanted["answers"])]}}), flush=True)
+    if number == {answers} - 1:
+        os._exit(print("killed", file=sys.stderr, flush=True) or 9)
 """
 
 
@@ -66,9 +68,9 @@ for number, line in enumerate(sys.stdin):
 def stand_in(tmp_path):
     """A program in place of the peers' Python, which has vLLM alone: its answers are as long as their prompts."""
 
-    def make(loaded='{"about": wanted["dtype"]}', lives=-1):
+    def make(loaded='{"about": wanted["dtype"]}', lives=-1, answers=-1):
         path = tmp_path / "python"
-        path.write_text(STAND_IN.format(python=sys.executable, loaded=loaded, lives=lives), encoding="utf-8")
+        path.write_text(STAND_IN.format(python=sys.executable, loaded=loaded, lives=lives, answers=answers), encoding="utf-8")
         path.chmod(0o755)
         return path
 
@@ -89,14 +91,16 @@ def test_a_peer_has_its_own_clock_and_a_shape_it_cannot_serve_has_no_row(stand_i
     assert rows[1]["engine"] == "vllm" and rows[1]["tokens_per_s"] == 16 * sum(prompts) / 0.5
     assert rows[1]["mean_length"] == sum(prompts) / 2
     rows = bench.measure("llama 0.9 M", "realistic", python=stand_in('{"error": "head size 31"}'), **how)
-    assert [row["engine"] for row in rows] == ["generate"] and "not measured: vllm: head size 31" in capsys.readouterr().out
+    assert [row["engine"] for row in rows] == ["generate"] and "not measured from here on: vllm: head size 31" in capsys.readouterr().out
 
 
-def test_a_peer_that_dies_between_two_repeats_has_no_row_and_the_others_have(stand_in, capsys):
+@pytest.mark.parametrize("ends", ["lives", "answers"])  # with a question before it, and before the next is asked
+def test_a_peer_that_dies_has_the_repeats_it_finished_and_the_others_have_all(stand_in, capsys, ends):
     engines, limits = [("generate", "float32"), ("vllm", "float32")], {"float32": 1e6, "memory": 1e6}
-    rows = bench.measure("llama 0.9 M", "realistic", prompts=1, repeats=2, engines=engines, limits=limits, python=stand_in(lives=2))
-    assert [row["engine"] for row in rows] == ["generate"]  # the first call is the warm-up
-    assert "not measured: vllm: its process ended: killed" in capsys.readouterr().out
+    how = {"prompts": 1, "repeats": 2, "engines": engines, "limits": limits}
+    rows = bench.measure("llama 0.9 M", "realistic", python=stand_in(**{ends: 2}), **how)  # the first call is the warm-up
+    assert [(row["engine"], row["repeats"]) for row in rows] == [("generate", 2), ("vllm", 1)]
+    assert "not measured from here on: vllm: its process ended: killed" in capsys.readouterr().out
 
 
 def test_plan_puts_peers_in_turn_with_ours():

@@ -35,6 +35,8 @@ def test_scoring_gives_every_engine_the_same_answers(kind):
     rows = scoring.measure("llama 0.9 M", kind, prompts=2, repeats=1, sizes=(8,))
     winners = {row["engine"]: row.get("same_winners") for row in rows}
     assert winners["irlign, float32"] == 1 and winners["irlign, alone, float32"] is None and len(rows) == 6
+    places = {row["engine"]: row["positions"] for row in rows}
+    assert places["irlign, float32"] < 1 <= places["irlign, alone, float32"] < places["in order, batches of 8, float32"]
     assert scoring.same_winners(np.eye(2, 16).ravel(), np.roll(np.eye(2, 16), 1, 0).ravel()) == 0
 
 
