@@ -56,7 +56,8 @@ RECIPE: dict[str, Any] = {
         "per_device_train_batch_size": 32,
         "max_steps": 4,
         "generations": 2,
-        "on_policy": {"beta": 0.0, "length_penalty": 0.0, "num_generations": 4},
+        "keep_checkpoints": [],
+        "on_policy": {"beta": 0.0, "length_penalty": 0.0, "num_generations": 4, "max_length_ratio": None},
     },
 }
 ARMS, MEASURES = ("frozen", "refreshed"), ("golden", "tokens", "finished", "judged")
@@ -111,7 +112,7 @@ def study(root: Path, seed: int, rounds: int, overrides: Sequence[str]) -> dict[
                     shutil.copytree(run.path("arms", ARMS[0], "rounds/1"), work.round(1))
                 step(work, number, shown, arm)
                 drawn = work.draw(number, "pool", wanted)
-                own = weighed(work, number, [s for s in drawn if s.prompt.split == "dev"], sft, base, shown, [])
+                own = weighed(work, work.made(number)[-1], [s for s in drawn if s.prompt.split == "dev"], sft, base, shown, [])
                 alarms = [alarm["name"] for alarm in own.about["alarms"]]
                 test = [s for s in read_pool(work.round(number) / "pool.parquet") if s.prompt.split == "test"]
                 told = read_json(work.round(number) / "log.json").get("reward", {}).get("dev")

@@ -77,10 +77,12 @@ def test_every_stage_by_hand():
     ],
 )
 def test_every_policy_method_by_hand(method, trained, drawn, scored, besides):
-    """In texts of 20 tokens, answers of 15; what is weighed and judged is as for distill."""
-    found = _stages(f"optimise.method={method}")["optimise"]
-    assert found.trained == trained * 20 and found.generated == (26 * 4 + drawn) * 15
-    assert found.read == pytest.approx((2 * scored + besides * trained + 3 * 80 + 2 * 80 + 80 + 40 + 150) * 20)
+    """In texts of 20 tokens, answers of 15; what is weighed and judged is as for distill, where answers are drawn in training for two candidates:
+    the earlier one answers 20 dev prompts alone."""
+    found, candidates = _stages(f"optimise.method={method}")["optimise"], 1 + bool(drawn)
+    assert found.trained == trained * 20 and found.generated == (26 * 4 + 20 * 4 * (candidates - 1) + drawn) * 15
+    weighed = candidates * (3 * 80 + 80 + 40 + 150) + 2 * 80
+    assert found.read == pytest.approx((2 * scored + besides * trained + weighed) * 20)
     assert found.seconds > 0 and found.memory >= _stages()["optimise"].memory
 
 

@@ -16,6 +16,7 @@ from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
 from irlign.optimise.heldout import EXCHANGED, FEWEST
 from irlign.optimise.label_free import without_judge
 from irlign.optimise.rounds import past_policies
+from irlign.optimise.settings import ON_POLICY
 from irlign.progress import clock
 from irlign.recipe import Recipe, as_recipe, stored_recipe
 from irlign.reward.contrasts import CONTRASTS, REFRESHED
@@ -155,7 +156,7 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
 # what each method reads besides for every token that it trains on: DPO the reference; KTO that, and both policies on the rows for its KL;
 # RLOO the reference and the policy as it drew the answer; GRPO the reference
 BESIDES = {"dpo": 1, "spin": 1, "ditto": 1, "kto": 3, "rloo": 2, "grpo": 1, "rlsr": 1, "gad": 1}
-PAIRED, ON_POLICY = ("dpo", "spin", "ditto"), ("rloo", "grpo", "rlsr", "gad")
+PAIRED = ("dpo", "spin", "ditto")
 
 
 def _refreshed(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed) -> list[Stage]:
@@ -199,6 +200,8 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     each = s.train_generations if drawing else 0 if o.method == "weighted-sft" else o.answers or s.train_generations
     length, own = sizes.prompt + answer, p["train"] * each
     pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
+    pools += [(p["dev"], p["dev"] * o.generations)] * (o.rounds * len(o.kept))
+    candidates = o.rounds * (1 + len(o.kept))
     pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
     rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.num_processes
     trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
@@ -207,13 +210,13 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
     texts = (own * o.rounds + new) * o.rewarded
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
-    weighed = 3.0 * p["dev"] * o.generations * o.rounds + 2 * p["dev"] * min(o.generations, s.num_generations)
+    weighed = 3.0 * p["dev"] * o.generations * candidates + 2 * p["dev"] * min(o.generations, s.num_generations)
     weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once
     weighed += 2 * (own * o.rounds + new) * (o.on_policy.dense == "log-ratio")
     likelihood = bool(recipe.best_of_n.likelihood)
     flops = _networks(recipe) * backbone.read(texts, length, False) + shape.read(texts * likelihood + weighed, length)
-    flops += shape.read(judged * o.rounds, length, False)
-    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * o.rounds) * length + sum(s.read for s in others)
+    flops += shape.read(judged * candidates, length, False)
+    read = (texts * (_networks(recipe) + likelihood) + weighed + judged * candidates) * length + sum(s.read for s in others)
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
     again = _refreshed(recipe, sizes, backbone, speed)
     # drawn here whatever the engine: no endpoint knows this policy

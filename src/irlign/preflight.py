@@ -101,9 +101,10 @@ def _together(recipe: Recipe) -> None:
         if settings.use_peft:
             what = "an adapter is not merged into a model that is split over processes"
             raise ConfigError(what, where=f"{name}.use_peft", do="leave out processes.accelerate_config, or use_peft")
-    if recipe.sft.keep_checkpoints:
-        what = "earlier checkpoints are not kept of a model that is split over processes"
-        raise ConfigError(what, where="sft.keep_checkpoints", do="leave out processes.accelerate_config, or this")
+    for name, shares in (("sft", recipe.sft.keep_checkpoints), ("optimise", recipe.optimise.keep_checkpoints)):
+        if shares:
+            what = "earlier checkpoints are not kept of a model that is split over processes"
+            raise ConfigError(what, where=f"{name}.keep_checkpoints", do="leave out processes.accelerate_config, or this")
 
 
 def _golden(spec: str) -> None:

@@ -225,11 +225,13 @@ def _fits(trainer: "Trainer", size: int) -> bool:
 
 def _order_as_one(trainer: "Trainer") -> None:
     """The rows of a step are those of one process with as many rows a step: the Trainer groups rows of like length over the batches of one
-    process, and here over those of all. Where the rows do not fill an epoch's last step, accelerate fills it with first ones again."""
+    process, and here over those of all. Where the rows do not fill an epoch's last step, accelerate fills it with first ones again. A trainer with
+    an order of its own keeps it."""
+    from transformers import Trainer
     from transformers.trainer_pt_utils import LengthGroupedSampler
 
-    args, rows = trainer.args, trainer.train_dataset
-    if args.world_size > 1 and args.train_sampling_strategy == "group_by_length":
+    args, rows, own = trainer.args, trainer.train_dataset, type(trainer)._get_train_sampler
+    if args.world_size > 1 and own is Trainer._get_train_sampler and args.train_sampling_strategy == "group_by_length":
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         order: Any = LengthGroupedSampler(size, dataset=rows)  # type: ignore[arg-type]
         trainer._get_train_sampler = lambda train_dataset=None: order  # type: ignore[method-assign]

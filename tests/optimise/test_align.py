@@ -86,6 +86,24 @@ def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
     assert "<th>aligned</th>" not in html and "<h4>Aligned</h4>" not in html and "SFT is published" in html
 
 
+def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copied, judge):
+    """Judged higher half-way than at the end, which turns down; it answers the test prompts only once it is chosen."""
+    judge(90.0, 50.0)
+    results = run(small_recipe(copied, optimise={"keep_checkpoints": [0.5]}))
+    choice = _choice(copied)
+    half, last = "round-1-at-50%", "round-1"
+    assert choice["published"] == half and list(choice["candidates"]) == ["sft", half, last]
+    own, end = (choice["candidates"][name] for name in (half, last))
+    assert own["alarms"] == [] and "turns down" in end["alarms"][0]["name"] and (own["after"], end["after"]) == (0.5, 1.0)
+    assert own["training"] is None and end["training"]["steps"] > 1 and own["drawn"] > 0 and own["kl_sft"]["mean"] != end["kl_sft"]["mean"]
+    rows = read_table(copied / "pools/aligned.parquet")
+    assert {(r["split"], r["index"]) for r in rows} == {(split, i) for split in ("dev", "test") for i in range(2)}
+    assert sum(r["tokens"] for r in rows if r["split"] == "dev") == own["drawn"]  # the same answers as were judged
+    weights = {hash_path(copied / "policies" / name / WEIGHTS) for name in ("init", "sft", "aligned")}
+    assert len(weights) == 3 and "`distill` (round 1 at 50%)" in (copied / "policies/aligned/README.md").read_text()
+    assert results["golden"]["aligned"]["prompts"] == 8 and "round 1 at 50% is published" in (copied / "report.html").read_text()
+
+
 def test_none_leaves_the_stage_out_and_takes_back_what_it_published(copied, judge):
     judge(50.0)
     run_stage("optimise", small_recipe(copied))
@@ -157,6 +175,7 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
     choice = _choice(copied)
     assert choice["published"] == f"round-{rounds}" and (choice["reward"] is not None) == reward
     training = choice["candidates"][choice["published"]]["training"]
+    assert ("round-1-at-50%" in choice["candidates"]) == (method in ("rloo", "grpo"))
     assert training["steps"] == len(training["losses"]) == 3 and np.isfinite(training["losses"]).all() and training["rows"] > 0
     assert all(len(values) <= 3 and np.isfinite(values).all() for values in training["logged"].values()) and any(
         training["logged"].values()
@@ -187,7 +206,7 @@ def test_the_baselines_need_no_reward(copied, judge, method, changes, learned):
     if method != "gsil":
         pytest.importorskip("trl")
     rounds = changes.get("rounds", 1)
-    judge(*(50.0 * k for k in range(1, rounds + 1)))
+    judge(*(50.0 * k for k in range(1, rounds + 2)))
     run_stage("optimise", small_recipe(copied, optimise={"method": method, **changes}))
     choice = _choice(copied)
     assert (choice["method"], choice["reward"], choice["published"]) == (method, None, f"round-{rounds}")

@@ -86,7 +86,8 @@ def _train(policy, folder, dense, reward=None, **settings):
     config = on_policy_config("grpo", OnPolicySettings(num_generations=4, dense="log-ratio"), SamplingSettings(max_new_tokens=12))
     defaults = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, "trainer": {"logging_steps": 1}}
     places = {"folder": folder / "aligned", "checkpoints": folder / "checkpoints"}
-    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": reward, "length_penalty": 0.0, "dense": dense}
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": reward and (lambda: reward), "length_penalty": 0.0}
+    options |= {"dense": dense, "learned": dense and dense.learned}
     return train_on_policy(policy, SAMPLES, DEV, TrainerSettings(**{**defaults, **settings}), config=config, **options, **places)
 
 
@@ -235,10 +236,13 @@ def test_a_method_has_the_reward_in_its_words_where_it_has_a_part():
     assert all(("{reward}" in method.source) == (name in REWARDED) for name, method in METHODS.items())
 
 
-def test_a_manifest_names_dense_rewards_where_they_are_asked_for():
-    assert "dense" not in OptimiseSettings().identity["on_policy"]
+def test_a_manifest_names_what_is_asked_for():
+    """A run of before there were these keys is still up to date where they say nothing."""
+    own = OptimiseSettings().identity
+    assert not {"dense", "max_length_ratio"} & own["on_policy"].keys() and "keep_checkpoints" not in own
     asked = OptimiseSettings(method="grpo", on_policy={"dense": "log-ratio"})
-    assert asked.identity == asked.model_dump()
+    assert asked.identity == {**asked.model_dump(), "keep_checkpoints": [0.5]}
+    assert OptimiseSettings(method="rloo", keep_checkpoints=[]).identity["on_policy"]["max_length_ratio"] == 1.5
 
 
 def test_an_objective_of_tokens_asks_nothing_of_the_whole_reward(tmp_path):
@@ -252,7 +256,7 @@ def test_an_objective_of_tokens_asks_nothing_of_the_whole_reward(tmp_path):
 def test_rounds_of_a_real_run(copied, monkeypatch, kind, share, rounds):
     """Each round is paid by tokens; the second discriminator learns from the sides that a reward is refreshed on, and none is where none is asked."""
     pytest.importorskip("trl")
-    gains = iter((50.0, 100.0))
+    gains = iter(np.arange(50.0, 500.0, 50.0))
     monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(gains)), None, 0.9))
     seen = []
     train = dense.train_tokens

@@ -1,37 +1,28 @@
-"""GAD: the discriminator puts demonstrations over own answers, and the policy learns what it wants."""
+"""GAD: the discriminator puts demonstrations over own answers, before the policy learns what it wants (test_align.py)."""
 
-import numpy as np
-import pytest
+from small import small_recipe
 
-pytest.importorskip("trl")
-
-from tiny import make_tiny_policy
-
-from irlign.optimise.gad import train_gad
-from irlign.optimise.rloo import OnPolicySettings, on_policy_config
-from irlign.records import Demonstration, Prompt, Sample
+from irlign.config import load_recipe
+from irlign.data.splits import stored_demonstrations
+from irlign.optimise.gad import discriminator_of
+from irlign.optimise.settings import OptimiseSettings
+from irlign.optimise.work import Work
+from irlign.recipe import Recipe
 from irlign.reward.load import load_reward
-from irlign.sampling.engine import SamplingSettings
-from irlign.training import TrainerSettings
-
-PROMPTS = [Prompt.of(f"the {colour} {animal}", "train") for colour in ("red", "blue") for animal in ("cat", "dog", "bird")]
-OWN = [Sample(p, i, text, "eos", 3, -1.0) for p in PROMPTS for i, text in enumerate((" ran!", " sang now!"))]
-SHOWN = [Demonstration(p, " sat on the mat.") for p in PROMPTS]
-DEV = [Demonstration(Prompt.of("a red cat", "dev"), " sat on the mat.")]
+from irlign.runs import Run
+from irlign.sampling.pools import stored_samples
 
 
-def test_the_discriminator_is_the_reward(tmp_path):
-    policy = make_tiny_policy(tmp_path / "start")
-    places = {"folder": tmp_path / "round/policy", "checkpoints": tmp_path / "round/checkpoints"}
-    about = {"chat_template": "none", "seed": 0, "report_to": "none", "length_penalty": 0.0, "demonstrations": SHOWN}
-    config = on_policy_config("grpo", OnPolicySettings(num_generations=4), SamplingSettings(max_new_tokens=8))
-    settings = TrainerSettings(learning_rate=1e-2, num_train_epochs=2, per_device_train_batch_size=8, trainer={"logging_steps": 1})
-    discriminator = TrainerSettings(learning_rate=1e-2, num_train_epochs=8)
-    log = train_gad(policy, OWN, DEV, settings, config=config, discriminator=discriminator, **about, **places)
-    reward = load_reward(tmp_path / "round/discriminator")
-    asked = [p.content for p in PROMPTS]
-    better, worse = (reward.score(asked, [text] * 6) for text in (" sat on the mat.", " sang now!"))
-    assert (better > worse).all() and log["discriminator"]["steps"] == 8
-    assert log["steps"] == 6 and np.isfinite(log["losses"]).all() and log["rows"] == 6
-    prompts = log["tokens"] - log["discriminator"]["tokens"] - log["drawn"]
-    assert 0 < log["drawn"] <= 48 * 8 and prompts == 48 * 4  # BOS and three words before each of 48 answers
+def test_the_discriminator_tells_demonstrations_from_own_answers_and_is_trained_once(copied):
+    recipe = load_recipe(Recipe, small_recipe(copied))
+    settings = OptimiseSettings(method="gad", discriminator={"learning_rate": 3e-3, "num_train_epochs": 20})
+    with Run.open(copied, recipe) as run:
+        work = Work(run, settings, recipe.sampling, "init-sft", "none", copied / "work")
+        place, log = discriminator_of(work, 1)
+        assert place == copied / "work/rounds/1/discriminator" and log["steps"] > 0 and log["tokens"] > 0
+        written = (place / "reward.json").stat().st_mtime_ns
+        assert discriminator_of(work, 1) == (place, log) and (place / "reward.json").stat().st_mtime_ns == written
+        shown, own = stored_demonstrations(run, "train"), stored_samples(run, "sft", "train")
+    reward = load_reward(place)
+    better, worse = (reward.score([r.prompt.content for r in rows], [r.completion for r in rows]).mean() for rows in (shown, own))
+    assert better > worse + 1

@@ -14,6 +14,7 @@ from irlign import training
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.optimise import rloo
+from irlign.optimise.drawing import Drawing
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, passes, readable, reward_function, shaped, train_on_policy
 from irlign.policy.load import load_policy
 from irlign.records import Demonstration, Prompt, Sample
@@ -75,7 +76,8 @@ def test_the_reward_sees_the_text_after_its_prompt_and_the_ending():
     form = Format(make_tiny_tokenizer(), "none")
     samples = [Sample(PROMPTS[0], 0, " cat cat.", "eos", 4, -1.0), Sample(PROMPTS[1], 0, " dog.", "eos", 2, -1.0)]
     reward = Cats()
-    score = reward_function(reward, form, samples, {2}, 0.5)
+    drawing = Drawing(SamplingSettings(), form, {2}, 0, 64, ours=True)
+    score = reward_function(reward, form, samples, drawing.used, 0.5)
     center, scale = 1.0, 1.0  # of 2 and 0 cats
     ids = [form.completion_ids("the dog", text) for text in (" cat cat cat.", " sat. cat")]
     ids[1] = ids[1][:-1]  # cut
@@ -86,8 +88,9 @@ def test_the_reward_sees_the_text_after_its_prompt_and_the_ending():
     assert lengths[0] > 0 and found == pytest.approx(expected)
 
 
-def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path):
-    with pytest.raises(ConfigError, match="TRL knows no stop strings"):
+def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"under TRL 1\.16 alone"):
+        patch.setattr(rloo, "known_trl", lambda: False)
         on_policy_config("grpo", OnPolicySettings(), SamplingSettings(stop=["\n"]))
     config = on_policy_config("rloo", OnPolicySettings(num_generations=3), SamplingSettings())
     with pytest.raises(ConfigError, match="RLOOConfig refuses it"):
@@ -98,7 +101,7 @@ def _train(method, policy, folder, **settings):
     config = on_policy_config(method, OnPolicySettings(num_generations=4), SamplingSettings(max_new_tokens=12))
     defaults = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 8, "trainer": {"logging_steps": 1}}
     places = {"folder": folder / "aligned", "checkpoints": folder / "checkpoints"}
-    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats(), "length_penalty": 0.0}
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats, "length_penalty": 0.0}
     settings = TrainerSettings(**{**defaults, **settings})
     return train_on_policy(policy, SAMPLES, DEV, settings, config=config, **options, **places)
 
@@ -159,25 +162,69 @@ def test_a_killed_training_goes_on_and_ends_the_same(tmp_path, policy, monkeypat
 def test_our_sampler_draws_where_it_knows_the_law(tmp_path, policy, monkeypatch, method):
     """Nearly greedy answers are those of `generate`, in training mode and out of it; a field of TRL's own leaves drawing to TRL."""
     asked = []
-    theirs = rloo._drawing_here
+    theirs = rloo.drawing_here
 
-    def recorded(kind):
-        class Recorded(theirs(kind)):
+    def recorded(kind, pairs):
+        class Recorded(theirs(kind, pairs)):
             def _generate_single_turn(self, prompt_ids, *rest, **more):
                 found = super()._generate_single_turn(prompt_ids, *rest, **more)
-                asked.append((self.ours is not None, found[0] if method == "grpo" else found))
+                asked.append((self.drawing.ours, found[0] if method == "grpo" else found))
                 assert self.model.training
                 return found
 
         return Recorded
 
-    monkeypatch.setattr(rloo, "_drawing_here", recorded)
+    monkeypatch.setattr(rloo, "drawing_here", recorded)
     greedy = SamplingSettings(max_new_tokens=12, temperature=1e-4)
     config = on_policy_config(method, OnPolicySettings(num_generations=4), greedy)
-    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats(), "length_penalty": 0.0, "config": config}
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats, "length_penalty": 0.0, "config": config}
     for name, more in (("ours", {}), ("theirs", {"repetition_penalty": 1.0})):
         settings = TrainerSettings(max_steps=1, per_device_train_batch_size=8, trainer={"logging_steps": 1, **more})
         places = {"folder": tmp_path / name, "checkpoints": tmp_path / f"{name}-checkpoints"}
         train_on_policy(policy, SAMPLES, DEV, settings, **options, **places)
     (by_us, own), (by_them, other) = asked
     assert (by_us, by_them) == (True, False) and own == other and len(own) == 8 and len({tuple(ids) for ids in own}) == 2
+
+
+@pytest.mark.parametrize(("method", "trainer"), [("rloo", {}), ("grpo", {}), ("grpo", {"repetition_penalty": 1.0})])
+def test_an_answer_ends_at_a_stop_string_for_the_reward_and_for_the_policy(tmp_path, policy, monkeypatch, method, trainer):
+    """By our sampler and by TRL's: what is learned has the token that completes the string and none after it, what is scored has neither."""
+    cats = []
+    monkeypatch.setattr(rloo, "reward_function", lambda *a: lambda completion_ids, **_: cats.append(completion_ids) or [0.0] * 8)
+    stop, sampling = "a", SamplingSettings(max_new_tokens=12, stop=["a"])
+    config = on_policy_config(method, OnPolicySettings(num_generations=4), sampling)
+    settings = TrainerSettings(max_steps=2, per_device_train_batch_size=8, trainer={"logging_steps": 1, **trainer})
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Cats, "length_penalty": 0.0, "config": config}
+    places = {"folder": tmp_path / "aligned", "checkpoints": tmp_path / "checkpoints"}
+    log = train_on_policy(policy, SAMPLES, DEV, settings, stop=[stop], **options, **places)
+    form = Format(load_policy(str(policy)).tokenizer, "none")
+    drawing, answers = Drawing(sampling, form, {2}, 0, 64, ours=True), [ids for step in cats for ids in step]
+    prompt = form.prompt_ids(PROMPTS[0].content)
+    whole = [form.decode_completion(prompt, ids) for ids in answers]
+    assert any(stop in text for text in whole) and all(stop not in form.decode_completion(prompt, ids[:-1]) for ids in answers)
+    for ids, text in zip(answers, whole, strict=True):
+        seen, done, used = drawing.used(prompt, ids)
+        assert stop not in seen and text.startswith(seen) and used == len(ids) and done == (stop in text or ids[-1] == 2)
+    assert log["drawn"] == sum(map(len, answers))
+
+
+def test_training_stops_where_answers_grow(tmp_path, policy):
+    """pi_SFT's answers have 4 tokens; the reward pays for length, so the answers of a step come to more than twice as many."""
+
+    class Long(Cats):
+        def score(self, prompts, completions):
+            return np.array([float(len(text)) for text in completions])
+
+    config = on_policy_config("grpo", OnPolicySettings(num_generations=4, beta=0.0), SamplingSettings(max_new_tokens=12))
+    settings = TrainerSettings(learning_rate=3e-2, num_train_epochs=20, per_device_train_batch_size=8, trainer={"logging_steps": 1})
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Long, "length_penalty": 0.0, "config": config}
+
+    def train(name, longest):
+        places = {"folder": tmp_path / name, "checkpoints": tmp_path / f"{name}-checkpoints"}
+        return train_on_policy(policy, SAMPLES, DEV, settings, longest=longest, **options, **places)
+
+    free, held = train("free", None), train("held", 2.0)
+    assert free["steps"] == 60 and free["stopped"] is None and np.mean(free["logged"]["completions/mean_length"][-3:]) > 8
+    lengths = held["logged"]["completions/mean_length"]
+    assert 3 <= held["steps"] < 60 and f"after {held['steps']} of 60 steps" in held["stopped"] and np.mean(lengths[-3:]) > 8
+    assert all(np.mean(lengths[k - 3 : k]) <= 8 for k in range(3, held["steps"]))

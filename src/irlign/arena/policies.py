@@ -68,7 +68,7 @@ def aligned(method: str) -> Method:
             stages=("sft", "sample", f"reward-{reward}", "bon", stage_of(method)),
             trained=choice["reward"] is not None or recipe.optimise.on_policy.dense != "none",
             drawn=sum(of["drawn"] for of in rounds),
-            learned=None if before is None else before + sum(of["training"]["tokens"] for of in rounds),
+            learned=None if before is None else before + sum(of["training"]["tokens"] for of in rounds if of["training"]),
             kept=choice["published"] == "sft",
         )
 

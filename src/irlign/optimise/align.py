@@ -19,8 +19,8 @@ from irlign.optimise.heldout import judge_pool, prompts_shown
 from irlign.optimise.label_free import too_few
 from irlign.optimise.methods import METHODS, own_config, source_of
 from irlign.optimise.rounds import keep_rewards, refresh
-from irlign.optimise.safety_net import SFT, Candidate, Judged, alarms_of, choice_of, judged_gains, kl
-from irlign.optimise.work import SEEDS_APART, Work
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, in_words, judged_gains, kl
+from irlign.optimise.work import POLICY, SEEDS_APART, Made, Work
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
 from irlign.records import Demonstration, Sample
@@ -66,22 +66,27 @@ def align(work: Work, version: str) -> dict[str, Any]:
 
 def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: str) -> dict[str, Any]:
     """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
-    wanted = [
-        (p, work.settings.generations)
-        for p in {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev", "test")}.values()
-    ]
     base = measures_of_sft(work, sft)
     found: list[Candidate] = []
     kept = "no train prompt has a finished answer to learn from"
     for number in range(1, work.settings.rounds + 1):
         if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
             break
-        answers = [s for s in work.draw(number, "pool", wanted) if s.prompt.split == "dev"]
-        found.append(weighed(work, number, answers, sft, base, shown, [c.gains_P for c in found]))
+        for made in work.made(number):
+            answers = [s for s in _answers(work, made) if s.prompt.split == "dev"]
+            found.append(weighed(work, made, answers, sft, base, shown, [c.gains_P for c in found]))
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
     return choice_of(found, base, kept)
+
+
+def _answers(work: Work, made: Made, whole: bool = False) -> list[Sample]:
+    """A policy's answers to the dev and test prompts; to the dev prompts alone of one that its training went on from, unless they are to be `whole`."""
+    splits = ("dev", "test") if made.last or whole else ("dev",)
+    asked = {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", *splits)}
+    wanted = [(prompt, work.settings.generations) for prompt in asked.values()]
+    return work.draw(made.round, made.pool("pool" if made.last or whole else "dev"), wanted, made.folder)
 
 
 def improve(work: Work, number: int, shown: Sequence[Demonstration], version: str) -> bool:
@@ -95,6 +100,8 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     options: dict[str, Any] = {"chat_template": work.chat_template, "report_to": work.report_to}
     options |= {"seed": work.run.seed + SEEDS_APART * (number - 1)}
     options |= {"folder": place / "policy", "checkpoints": place / "checkpoints"}
+    if not work.processes.sharded:  # else a process has a part of the model only
+        options |= {"kept": {f"{POLICY}-{share:g}": share for share in work.settings.kept}}
     options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
     options |= method.options(work, number)
     log = launch(work.processes, method.train, work.start(number, method.start), rows, shown, work.settings, **options)
@@ -111,51 +118,56 @@ def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
 
 def weighed(
     work: Work,
-    number: int,
+    made: Made,
     answers: Sequence[Sample],
     sft: Judged,
     base: dict[str, Any],
     shown: Sequence[Demonstration],
     earlier: Sequence[np.ndarray],
 ) -> Candidate:
-    """A round's policy as a candidate: judged, with the KL it cost, and alarms."""
+    """A policy that a round has made as a candidate: judged, with the KL it cost, and alarms."""
     template = work.chat_template
     logits, _, auc = judge_pool(
         work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=template
     )
     assert logits is not None  # pi_SFT's answers were judged by the same demonstrations
     judged = Judged(answers, logits)
-    policies = (work.round(number) / "policy", *(work.run.path("policies", name) for name in ("sft", "init")))
+    policies = (work.round(made.round) / made.folder, *(work.run.path("policies", name) for name in ("sft", "init")))
     own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
     gains = judged_gains(judged, sft)
-    say(f"optimise: round {number}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
+    say(f"optimise: {in_words(made.name)}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
     about: dict[str, Any] = {
         **{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
         **judged.measures(work.settings.generations),
     }
-    log = read_json(work.round(number) / "log.json")
-    about |= {"drawn": work.drawn(number) + sum(s.tokens for s in answers) + log.get("drawn", 0), "judge_auc": auc}
-    return Candidate(f"round-{number}", gains, {**about, "alarms": alarms_of(about, base, gains, earlier), "training": log})
+    log, drawn = read_json(work.round(made.round) / "log.json"), sum(s.tokens for s in answers)
+    if made.last:  # what the training cost is counted once
+        drawn += work.drawn(made.round) + log.get("drawn", 0)
+    about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier)}
+    return Candidate(made.name, gains, {**about, "training": log if made.last else None})
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
     """The chosen policy with its card and its pool; pi_SFT's own where it is kept."""
     name = choice["published"]
-    place = work.round(int(name.removeprefix("round-"))) if name != SFT else None
-    sources = (place / "policy", place / "pool.parquet") if place else (work.run.path("policies/sft"), work.run.path("pools/sft.parquet"))
+    made = {one.name: one for number in range(1, work.settings.rounds + 1) for one in work.made(number)}.get(name)
+    sources = (work.run.path("policies/sft"), work.run.path("pools/sft.parquet"))
+    if made:
+        _answers(work, made, whole=True)
+        sources = (work.round(made.round) / made.folder, work.round(made.round) / f"{made.pool()}.parquet")
     policy, pool = work.folder / "policies" / work.name, work.folder / f"pools/{work.name}.parquet"
     for source, target in zip(sources, (policy, pool), strict=True):
         remove(target)  # what a killed attempt may have left
         shutil.copytree(source, target)
     what = f"The SFT policy of the run, unchanged: {choice['why']}."
-    if name != SFT:
+    if made:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
-        learned = source_of(work.settings).format(reward=work.scorer(int(name.removeprefix("round-"))).name)
-        what = TUNED.format(**choice, **own["gain"], **costs, name=name.replace("-", " "), source=learned)
+        learned = source_of(work.settings).format(reward=work.scorer(made.round).name)
+        what = TUNED.format(**choice, **own["gain"], **costs, name=in_words(name), source=learned)
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
     (policy / "README.md").write_text(card, encoding="utf-8")
-    if place:
+    if made:
         publish_card(pool, work.name, stored_statistics(pool), work.sampling)
     if work.settings.refresh != "none" and work.settings.rewarded:
         keep_rewards(work, [n for n in range(2, work.settings.rounds + 1) if f"round-{n}" in choice["candidates"]])

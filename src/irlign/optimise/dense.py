@@ -16,6 +16,7 @@ import numpy as np
 from irlign.data.chat import Encoded, Format
 from irlign.errors import ModelError
 from irlign.files import read_json
+from irlign.launch import launch
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.rounds import sides_of
 from irlign.optimise.work import SEEDS_APART, Work
@@ -132,7 +133,8 @@ def dense_of(work: Work, number: int) -> Dense:
         guard_leak(leak_controls(train), work.learning.max_leak_accuracy, len(train))
         places: dict[str, Any] = {"folder": place, "checkpoints": work.round(number) / "discriminator-checkpoints"}
         about: dict[str, Any] = {"chat_template": work.chat_template, "report_to": work.report_to}
-        log = train_tokens(sft, train, dev, work.settings.discriminator, seed=work.run.seed + SEEDS_APART * (number - 1), **places, **about)
+        about |= {"seed": work.run.seed + SEEDS_APART * (number - 1), **places}
+        log = launch(work.processes, train_tokens, sft, train, dev, work.settings.discriminator, **about)
         told = f"{log['dev']['tokens']:.0%} of unseen tokens told apart" if log["dev"] else "no unseen pairs"
         say(f"optimise: round {number}: discriminator of tokens trained on {len(train)} pairs, {told}")
     return Dense(LogitsOfTokens(place, work.chat_template), own.dense_share, read_json(place / LOG))

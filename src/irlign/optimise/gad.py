@@ -4,43 +4,33 @@
 it is learned once, from pi_SFT's answers, and stays: the frozen case, whose failure they show.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json
-from irlign.optimise.rloo import train_on_policy
-from irlign.records import Demonstration, Sample
+from irlign.optimise.work import Work
 from irlign.reward.contrasts import answers_of, contrast_pairs
 from irlign.reward.learn import train_reward_of
-from irlign.reward.load import load_resident
 from irlign.reward.train import RewardSettings
-from irlign.training import TrainerSettings
+from irlign.sampling.pools import stored_samples
 
 
-def train_gad(
-    sft: Path,
-    train: Sequence[Sample],
-    dev: Sequence[Demonstration],
-    settings: TrainerSettings,
-    *,
-    demonstrations: Sequence[Demonstration],
-    discriminator: TrainerSettings,
-    folder: Path,
-    checkpoints: Path,
-    **about: Any,
-) -> dict[str, Any]:
-    """Train a discriminator, from the policy in `sft`, on `demonstrations` over the answers `train` of that policy, then the policy against
-    it (`train_on_policy`, which takes `about`). It lies in `discriminator` beside the policy. Returns that function's log, the discriminator's
-    tokens among its `tokens`, and the discriminator's own as `discriminator`. Raises as it does.
-    """
-    place = folder.parent / "discriminator"
+def discriminator_of(work: Work, number: int) -> tuple[Path, dict[str, Any]]:
+    """The folder and the training's log of a discriminator, trained from pi_SFT on the train demonstrations over pi_SFT's answers to their prompts; it
+    lies beside the round's policy, and one that is there is kept. Raises ModelError on divergence."""
+    place, checkpoints = work.round(number) / "discriminator", work.round(number) / "discriminator-checkpoints"
     if not (place / "reward.json").exists():
-        own = RewardSettings(contrast="sft-demo", loss="bradley-terry", **discriminator.model_dump())
-        answers = {"sft-demo": answers_of("sft-demo", sft=train, demonstrations=demonstrations)}
-        options = {key: about[key] for key in ("chat_template", "seed", "report_to")}
-        places: dict[str, Any] = {"folder": place, "checkpoints": checkpoints / "discriminator"}
-        train_reward_of(own, sft, contrast_pairs(answers, match=True)[0], {"sft-demo": []}, **places, **options)
-    learned = read_json(place / "reward.json")["training"]
-    log = train_on_policy(sft, train, dev, settings, reward=load_resident(place), folder=folder, checkpoints=checkpoints, **about)
-    return {**log, "tokens": log["tokens"] + learned["tokens"], "discriminator": learned}
+        own = RewardSettings(contrast="sft-demo", loss="bradley-terry", **work.settings.discriminator.model_dump())
+        shown = stored_demonstrations(work.run, "train")
+        pairs = contrast_pairs(
+            {"sft-demo": answers_of("sft-demo", sft=stored_samples(work.run, "sft", "train"), demonstrations=shown)}, match=True
+        )
+        about: dict[str, Any] = {
+            "chat_template": work.chat_template,
+            "seed": work.run.seed,
+            "report_to": work.report_to,
+            "processes": work.processes,
+        }
+        train_reward_of(own, work.run.path("policies/sft"), pairs[0], {"sft-demo": []}, folder=place, checkpoints=checkpoints, **about)
+    return place, read_json(place / "reward.json")["training"]

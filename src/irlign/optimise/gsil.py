@@ -71,7 +71,8 @@ def train_gsil(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the log-ratio is 0 at the start
     arguments = tuning.arguments()
-    constant = 2 * own / len(rows) * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    constant = 2 * own / len(rows) * rows_a_step
 
     def loss(outputs: Any, labels: "torch.Tensor", num_items_in_batch: Any = None) -> "torch.Tensor":
         reference_B, side_B, labels_B_T = labels[:, 0], labels[:, 1], labels[:, 2:].long()

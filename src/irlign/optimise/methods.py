@@ -8,7 +8,7 @@ from irlign.data.splits import stored_demonstrations
 from irlign.optimise.dense import WORDS, dense_of
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.ditto import ranked_by_policy
-from irlign.optimise.gad import train_gad
+from irlign.optimise.gad import discriminator_of
 from irlign.optimise.gsil import train_gsil
 from irlign.optimise.preference import (
     Labelled,
@@ -92,30 +92,36 @@ def drawing(trainer: Literal["rloo", "grpo"], settings: OptimiseSettings, sampli
     return on_policy_config(trainer, settings.on_policy, sampling)
 
 
+def ending(work: Work) -> dict[str, Any]:
+    """What an answer that is drawn in training loses by its length, where it ends, and when training does."""
+    own = work.settings.on_policy
+    return {"length_penalty": own.length_penalty, "longest": own.max_length_ratio, "stop": work.sampling.stop}
+
+
 def scoring(work: Work, number: int) -> dict[str, Any]:
     """What scores those answers."""
-    own = work.settings.on_policy
-    reward = load_resident(work.scorer(number)) if work.settings.rewarded else None
-    return {"reward": reward, "length_penalty": own.length_penalty, "objective": own.objective}
+    reward = partial(load_resident, work.scorer(number)) if work.settings.rewarded else None
+    return {"reward": reward, "objective": work.settings.on_policy.objective, **ending(work)}
 
 
 def scoring_tokens(work: Work, number: int) -> dict[str, Any]:
     """The same, and what pays single tokens, where the settings ask for it."""
-    return scoring(work, number) | ({"dense": dense_of(work, number)} if work.settings.on_policy.dense != "none" else {})
+    if work.settings.on_policy.dense == "none":
+        return scoring(work, number)
+    dense = dense_of(work, number)
+    return {**scoring(work, number), "dense": dense, "learned": dense.learned}
 
 
 def comparing(work: Work, number: int) -> dict[str, Any]:
     """What scores them by the demonstration of their prompt."""
-    own = work.settings.on_policy
-    reward = DemonstrationCosine(by_prompt(demonstrated(work, number)), own.encoder, work.chat_template)
-    return {"reward": reward, "length_penalty": own.length_penalty}
+    shown, encoder = by_prompt(demonstrated(work, number)), work.settings.on_policy.encoder
+    return {"reward": partial(DemonstrationCosine, shown, encoder, work.chat_template), **ending(work)}
 
 
 def discriminating(work: Work, number: int) -> dict[str, Any]:
-    """What the discriminator is made of, which scores them."""
-    own = work.settings
-    shown, penalty = demonstrated(work, number), own.on_policy.length_penalty
-    return {"demonstrations": shown, "discriminator": own.discriminator, "length_penalty": penalty}
+    """The discriminator that scores them."""
+    place, learned = discriminator_of(work, number)
+    return {"reward": partial(load_resident, place), "learned": learned, **ending(work)}
 
 
 def classifying(work: Work, number: int) -> dict[str, Any]:
@@ -151,7 +157,7 @@ METHODS: dict[str, Method] = {
     "rloo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "rloo"), scoring),
     "grpo": Method(train_on_policy, "sft", first_answers, DRAWN, partial(drawing, "grpo"), scoring_tokens),
     "rlsr": Method(train_on_policy, "sft", answers_beside_shown, LIKENED, partial(drawing, "grpo"), comparing),
-    "gad": Method(train_gad, "sft", first_answers, DISCRIMINATED, partial(drawing, "grpo"), discriminating),
+    "gad": Method(train_on_policy, "sft", first_answers, DISCRIMINATED, partial(drawing, "grpo"), discriminating),
 }
 
 

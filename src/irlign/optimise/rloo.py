@@ -5,8 +5,7 @@ scoring would leave out BOS and EOS and cut nothing. A frozen reward under on-po
 KL, a control of the length, and the safety net.
 """
 
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +13,12 @@ import numpy as np
 
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
-from irlign.files import read_json, write_json
 from irlign.optimise.best_of_n import scored_texts
-from irlign.optimise.dense import Dense, paid_before, token_advantages
+from irlign.optimise.dense import Dense
 from irlign.optimise.divergences import OBJECTIVES, Objective
+from irlign.optimise.drawing import Drawn, drawing_here, drawing_of, known_trl, paying_tokens
 from irlign.optimise.preference import need_trl
 from irlign.optimise.settings import OnPolicySettings
-from irlign.policy.load import Policy
 from irlign.policy.tuning import Tuning
 from irlign.progress import say, silently
 from irlign.records import Demonstration, Message, Prompt, PromptContent, Sample
@@ -62,18 +60,27 @@ def readable(form: Format, prompts: Sequence[Prompt], room: int) -> dict[int, An
     return found
 
 
+def usual_lengths(samples: Sequence[Sample]) -> np.ndarray:
+    """The mean tokens of each prompt's answers, in the order of the prompts. Shape [P]."""
+    tokens: dict[str, list[int]] = {}
+    for sample in samples:
+        tokens.setdefault(sample.prompt.prompt_id, []).append(sample.tokens)
+    return np.array([np.mean(of) for of in tokens.values()])
+
+
 def reward_function(
     reward: RewardModel | None,
     form: Format,
     samples: Sequence[Sample],
-    ends: set[int],
+    used: Callable[[Sequence[int], Sequence[int]], tuple[str, bool, int]],
     penalty: float,
     objective: Objective = "reverse-kl",
     share: float = 1.0,
 ) -> Callable[..., list[float]]:
     """TRL's reward function for rows with a column `index`, the number of their prompt among the distinct ones of `samples`: pi_SFT's
-    answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one. `share` is
-    what the reward is multiplied with; without one the length alone counts."""
+    answers, over which what the objective makes of the reward is standardised, and whose mean length for a prompt is its usual one. `used` says of the tokens of
+    a prompt and an answer what text it is, whether it has ended and how many tokens it took; `share` is what the reward is multiplied with; without one the length
+    alone counts."""
     asked = {s.prompt.prompt_id: s.prompt for s in samples}
 
     def paid(prompts: Sequence[PromptContent], texts: Sequence[str]) -> np.ndarray:
@@ -81,20 +88,14 @@ def reward_function(
 
     known = paid(*scored_texts(samples))
     center, scale = float(known.mean()), float(known.std()) or 1.0
-    tokens: dict[str, list[int]] = {}
-    for sample in samples:
-        tokens.setdefault(sample.prompt.prompt_id, []).append(sample.tokens)
-    usual_P = np.array([np.mean(tokens[prompt_id]) for prompt_id in asked])
-    contents = [p.content for p in asked.values()]
+    usual_P, contents = usual_lengths(samples), [p.content for p in asked.values()]
     prompt_ids = form.prompts_ids(contents)
 
     def scored(completion_ids: Sequence[Sequence[int]], index: Sequence[int], **_: Any) -> list[float]:
-        finished = [ids[-1] in ends for ids in completion_ids]
-        bodies = [list(ids[:-1]) if done else list(ids) for ids, done in zip(completion_ids, finished, strict=True)]
-        texts = form.decode_completions([prompt_ids[i] for i in index], bodies)
+        texts, finished, tokens = zip(*(used(prompt_ids[i], ids) for i, ids in zip(index, completion_ids, strict=True)), strict=True)
         with silently():
             scores_B = paid([contents[i] for i in index], [ended(t, done) for t, done in zip(texts, finished, strict=True)])
-        tokens_B, cut_B = np.array([len(ids) for ids in completion_ids]), ~np.array(finished)
+        tokens_B, cut_B = np.array(tokens), ~np.array(finished)
         return shaped(share * (scores_B - center) / scale, tokens_B, usual_P[list(index)], cut_B, penalty).tolist()
 
     return scored
@@ -102,13 +103,13 @@ def reward_function(
 
 def on_policy_config(method: Literal["rloo", "grpo"], settings: OnPolicySettings, sampling: SamplingSettings) -> Config:
     """TRL's arguments. Every sampling field is passed, so the model's generation_config narrows none; dropout is off, so that answers are
-    drawn by the policy that is trained. Raises ConfigError for stop strings, which TRL does not know."""
+    drawn by the policy that is trained. Raises ConfigError for stop strings where the TRL installed is one whose answers cannot be cut at them."""
     need_trl()
     from trl import GRPOConfig, RLOOConfig
 
-    if sampling.stop:
-        do = "leave it out, or use a method that learns from stored answers: distill or dpo"
-        raise ConfigError(f"{method} draws answers as it learns, and TRL knows no stop strings", where="sampling.stop", do=do)
+    if sampling.stop and not known_trl():
+        do = "pip install 'trl==1.16.*', leave it out, or use a method that learns from stored answers: distill or dpo"
+        raise ConfigError("answers drawn as a policy learns are cut at stop strings under TRL 1.16 alone", where="sampling.stop", do=do)
     tokens = {"scale_rewards": "none"} if settings.dense != "none" else {}  # totals may tie where tokens do not
     return {"rloo": RLOOConfig, "grpo": GRPOConfig}[method], {
         **tokens,
@@ -132,10 +133,13 @@ def train_on_policy(
     settings: TrainerSettings,
     *,
     config: Config,
-    reward: RewardModel | None,
+    reward: Callable[[], RewardModel] | None,
     length_penalty: float,
     objective: Objective = "reverse-kl",
+    stop: Sequence[str] = (),
+    longest: float | None = None,
     dense: Dense | None = None,
+    learned: Mapping[str, Any] | None = None,
     **about: Any,
 ) -> dict[str, Any]:
     """Train the policy in `start`, which is also the reference, on the prompts of pi_SFT's answers `train`, and save it in `folder` as a plain
@@ -143,25 +147,22 @@ def train_on_policy(
     reward. GRPO (arXiv 2402.03300): rewards in standard deviations of their prompt's answers, the KL a part of the loss; with `dense` each token
     has an advantage of its own.
 
-    `about` is what `Tuning` takes further. Returns steps, losses, what TRL logged, `rows` (prompts that were asked), `left_out` (those that were
-    not), `drawn` (tokens of the answers), and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no
-    prompt is left.
+    `reward` makes the reward, in every process that trains; answers end at a `stop` string too; training stops where they come to more than `longest`
+    times pi_SFT's length; `learned` is the log of what was trained for this. `about` is what `Tuning` takes further. Returns steps, losses, what TRL
+    logged, `rows` (prompts that were asked), `left_out` (those that were not), `drawn` (tokens of the answers), `stopped` (why before its end, or None),
+    and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence, DataError where no prompt is left.
     """
     from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 
     tuning = Tuning(start, dev, settings, **about)
     policy, form, arguments = tuning.policy, tuning.form, tuning.arguments(config)
     prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
-    asked_ids = form.prompts_ids([p.content for p in prompts])
+    asked_ids, usual_P = form.prompts_ids([p.content for p in prompts]), usual_lengths(train)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, tuning.seed)
-    scorer = reward_function(reward, form, train, _ends(policy), length_penalty, objective, 1.0 - dense.share if dense else 1.0)
     pay = dense.in_units(form, train, objective) if dense else None
-    kept = tuning.checkpoints / "drawn.json"  # tokens by step, so that a training that goes on knows what was drawn before
-    drawn: dict[str, int] = read_json(kept) if kept.exists() else {}
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
-        drawn[str(trainer.state.global_step)] = sum(map(len, completion_ids))
-        write_json(kept, drawn)
+        drawn.note(trainer.state.global_step, sum(map(len, completion_ids)), float(usual_P[given["index"]].sum()))
         rewards = scorer(completion_ids, **given)
         if pay:
             tokens = pay([asked_ids[i] for i in given["index"]], completion_ids)
@@ -169,14 +170,18 @@ def train_on_policy(
             trainer.paid(rewards, tokens)
         return [*rewards]
 
-    kind = _drawing_here(RLOOTrainer if issubclass(config[0], RLOOConfig) else GRPOTrainer)
-    trainer = (_paying_tokens(kind) if dense else kind)(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
-    trainer.ours = _faster(trainer, policy, settings)
+    pairs = not issubclass(config[0], RLOOConfig)
+    kind = drawing_here(GRPOTrainer if pairs else RLOOTrainer, pairs)
+    trainer = (paying_tokens(kind) if dense else kind)(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
+    trainer.drawing = drawing_of(trainer, policy, form, stop, {*settings.trainer})
+    drawn = Drawn(tuning.checkpoints / "drawn.json", trainer.accelerator, longest)
+    trainer.add_callback(drawn.watch())
+    scorer = reward_function(
+        reward() if reward else None, form, train, trainer.drawing.used, length_penalty, objective, 1.0 - dense.share if dense else 1.0
+    )
     log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
-    log |= {"rows": asked, "left_out": len(prompts) - asked, "drawn": sum(drawn.values())}
-    if dense and dense.learned:
-        log |= {"tokens": log["tokens"] + dense.learned["tokens"], "discriminator": dense.learned}
-    return log
+    log |= {"rows": asked, "left_out": len(prompts) - asked, "drawn": drawn.tokens, "stopped": drawn.grown}
+    return {**log, "tokens": log["tokens"] + learned["tokens"], "discriminator": dict(learned)} if learned else log
 
 
 def _rows(form: Format, prompts: Sequence[Prompt], settings: TrainerSettings, arguments: Any, room: int, seed: int) -> list[dict[str, Any]]:
@@ -191,81 +196,3 @@ def _rows(form: Format, prompts: Sequence[Prompt], settings: TrainerSettings, ar
         )
     step, known = arguments.generation_batch_size // arguments.num_generations, list(read)
     return [{"prompt": read[known[i]], "index": known[i]} for i in passes(len(known), settings.num_train_epochs, step, seed)]
-
-
-def _ends(policy: Policy) -> set[int]:
-    """The tokens that end an answer, for TRL and for our sampler alike."""
-    ends: Any = policy.model.generation_config.eos_token_id if policy.model.generation_config else None
-    return {int(policy.tokenizer.eos_token_id), *(e for e in (ends if isinstance(ends, list) else [ends]) if e is not None)}  # type: ignore[arg-type]
-
-
-KNOWN_TRL = "1.16."  # where `_generate_single_turn` is what it is here; other versions draw by themselves
-GENERATION = {  # fields of TRL's that change how answers are drawn, of which our sampler knows nothing
-    *("min_p", "repetition_penalty", "generation_kwargs", "cache_implementation"),
-    *("use_vllm", "use_transformers_paged", "use_transformers_continuous_batching"),
-}
-
-
-def _faster(trainer: Any, policy: Policy, settings: TrainerSettings) -> dict[str, Any] | None:
-    """What our sampler needs to draw in the place of `generate`, with the same law: on a CPU, where it is the faster one
-    (docs/speed.md), and for a model that it serves. None elsewhere."""
-    from irlign.sampling.state import serves
-
-    sharded, known = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, version("trl").startswith(KNOWN_TRL)
-    if (
-        policy.device.type != "cpu"
-        or sharded
-        or not known
-        or GENERATION & settings.trainer.keys()
-        or not serves(policy.model, policy.pad_id)
-    ):
-        return None
-    given = trainer.args
-    law = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k, "max_new_tokens": given.max_completion_length}
-    ends = sorted(_ends(policy))
-    return {"settings": SamplingSettings(**law), "ends": ends, "pad_id": policy.pad_id, "context": policy.max_length}
-
-
-def _drawing_here(kind: Any) -> Any:
-    """A trainer of TRL's that draws its answers with our sampler where `ours` says how."""
-    from trl import GRPOTrainer
-
-    from irlign.sampling.in_training import draw_in_training
-
-    class Drawing(kind):
-        ours: dict[str, Any] | None = None
-
-        def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
-            if self.ours is None:
-                return super()._generate_single_turn(prompt_ids, *rest, **more)
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            drawn = draw_in_training(
-                getattr(model, "get_base_model", lambda: model)(), prompt_ids, **self.ours, process=self.accelerator.process_index
-            )
-            return (drawn, None) if issubclass(kind, GRPOTrainer) else drawn
-
-    return Drawing
-
-
-def _paying_tokens(kind: Any) -> Any:
-    """A GRPOTrainer with an advantage for each token: `paid(rewards, pay)` tells it what the answers that it has just drawn are paid in all, and
-    token by token."""
-    import torch
-
-    class PayingTokens(kind):
-        def paid(self, rewards: Sequence[float], pay: Sequence[np.ndarray]) -> None:
-            self.last = rewards, pay
-
-        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-            found = super()._generate_and_score_completions(inputs)
-            rewards, pay = self.last
-            own, device = found["completion_ids"].shape[1], self.accelerator.device
-            width = int(self.accelerator.gather(torch.tensor([own], device=device)).max())
-            reward_B = torch.tensor(rewards, dtype=torch.float32, device=device)
-            before_B_T = torch.tensor(paid_before(pay, width), dtype=torch.float32, device=device)
-            reward_N, before_N_T = self.accelerator.gather(reward_B), self.accelerator.gather(before_B_T)
-            advantage_N_T = token_advantages(reward_N, before_N_T, self.num_generations or 1)
-            first = self.accelerator.process_index * len(reward_B)
-            return {**found, "advantages": advantage_N_T[first : first + len(reward_B), :own]}
-
-    return PayingTokens

@@ -61,6 +61,7 @@ def _train(work: Work, number: int, place: Path, version: str) -> dict[str, Any]
         chat_template=work.chat_template,
         seed=work.run.seed + SEEDS_APART * (number - 1),
         report_to=work.report_to,
+        processes=work.processes,
     )
     publish_reward(place / name, {**log, "ending": settings.ending, "controls": controls, "left_out": left_out}, version)
     if work.likelihood:

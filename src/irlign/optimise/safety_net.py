@@ -61,6 +61,11 @@ class Candidate:
     about: Mapping[str, Any]
 
 
+def in_words(name: str) -> str:
+    """A candidate's name as people read it: `round 1 at 50%`."""
+    return name.replace("-", " ")
+
+
 def judged_gains(candidate: Judged, sft: Judged) -> np.ndarray:
     """The judge's mean gain of a candidate's answers over pi_SFT's at each prompt, in standard deviations of its logit over pi_SFT's
     answers. Shape [P]."""
@@ -130,9 +135,7 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
     if published != SFT:
         why = f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}"
     elif alarmed := next((c for c, low in zip(candidates, low_C, strict=True) if low > 0), None):
-        why = (
-            f"{alarmed.name.replace('-', ' ')} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
-        )
+        why = f"{in_words(alarmed.name)} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
     for candidate, low in zip(candidates, low_C, strict=True):
         found[candidate.name] = {"gain": {"mean": float(candidate.gains_P.mean()), "low": low}, **candidate.about}

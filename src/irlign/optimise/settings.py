@@ -1,6 +1,6 @@
 """What `optimise` in a recipe says, for all policy methods."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from irlign.reward.contrasts import RefreshName
 from irlign.training import TrainerSettings
 
 REWARDED = ("distill", "dpo", "rloo", "grpo")  # the methods in which the reward has a part
+ON_POLICY = ("rloo", "grpo", "rlsr", "gad")  # those that draw answers as they learn
 ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
 ONE_ROUND = {  # why
     "weighted-sft": "a round learns from samples of the one before, and {} learns from demonstrations: leave optimise.rounds out",
@@ -39,6 +40,11 @@ class OnPolicySettings(Settings):
         1.0,
         ge=0,
         description="standard deviations that an answer twice as long as pi_SFT's to the same prompt loses, and one cut at the limit",
+    )
+    max_length_ratio: float | None = Field(
+        1.5,
+        gt=1,
+        description="training stops where the answers of three steps come to more than so many times the length of pi_SFT's; null: never",
     )
     dense: Literal["none", "log-ratio", "discriminator"] = Field(
         "none",
@@ -76,6 +82,11 @@ class OptimiseSettings(TrainerSettings):
     )
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
+    keep_checkpoints: list[Annotated[float, Field(gt=0, lt=1)]] | None = Field(
+        None,
+        description="shares of the steps, [0.5]: the policy after them is a candidate too; null: [0.5] for methods that draw answers as they learn, none "
+        "for others, which learn from fixed answers",
+    )
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings, description="dpo, spin, ditto, kto, gsil")
     on_policy: OnPolicySettings = Field(default_factory=OnPolicySettings, description="rloo, grpo, rlsr, gad")
     discriminator: TrainerSettings = Field(
@@ -100,14 +111,25 @@ class OptimiseSettings(TrainerSettings):
         return self
 
     @property
+    def kept(self) -> list[float]:
+        """The shares of a round's steps after which the policy is a candidate too."""
+        if self.keep_checkpoints is None:
+            return [0.5] if self.method in ON_POLICY else []
+        return sorted(set(self.keep_checkpoints))
+
+    @property
     def rewarded(self) -> bool:
         """Whether the reward has a part in it: in some methods, and not where all is paid token by token."""
         return self.method in REWARDED and (self.on_policy.dense == "none" or self.on_policy.dense_share < 1)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of it: dense rewards where they are asked for."""
-        own = self.model_dump()
+        """What a manifest says of it: dense rewards and earlier candidates where there are any, and what ends a training where answers are drawn in it."""
+        own = {**self.model_dump(), "keep_checkpoints": self.kept}
         if self.on_policy.dense == "none":
             del own["on_policy"]["dense"], own["on_policy"]["dense_share"]
+        if not self.kept:
+            del own["keep_checkpoints"]
+        if self.method not in ON_POLICY:
+            del own["on_policy"]["max_length_ratio"]
         return own

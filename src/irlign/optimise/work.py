@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,26 @@ from irlign.sampling.engine import SamplingSettings
 from irlign.sampling.pools import draw_pool, read_pool, stored_samples
 
 SEEDS_APART = 1009  # between the seeds of two rounds
+POLICY = "policy"  # the folder of a round's policy, within the round's
+
+
+class Made(NamedTuple):
+    """A policy that a round's training has come to: its round, its name as a candidate, its folder within the round's, and after which share of the
+    steps."""
+
+    round: int
+    name: str
+    folder: str
+    share: float = 1.0
+
+    @property
+    def last(self) -> bool:
+        """Whether it is the one that the training ended with."""
+        return self.folder == POLICY
+
+    def pool(self, of: str = "pool") -> str:
+        """The name of its answers to prompts."""
+        return self.folder.replace(POLICY, of)
 
 
 def stage_of(name: str) -> str:
@@ -54,7 +74,7 @@ class Work:
 
     def policy(self, number: int) -> Path:
         """A round's policy; pi_SFT stands before the first."""
-        return self.round(number) / "policy" if number else self.run.path("policies/sft")
+        return self.round(number) / POLICY if number else self.run.path("policies/sft")
 
     def start(self, number: int, name: str) -> Path:
         """The policy that a round's training starts from: a policy of the run by its name, or `before`, that of the round before, which
@@ -73,12 +93,18 @@ class Work:
             return self.run.path("rewards", self.reward)
         return self.round(number) / "reward" / (f"{self.settings.refresh}+likelihood" if self.likelihood else self.settings.refresh)
 
-    def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]]) -> list[Sample]:
-        """Samples of a round's policy, in `NAME.parquet` beside it."""
-        pool = self.round(number) / f"{name}.parquet"
+    def draw(self, number: int, name: str, wanted: Sequence[tuple[Any, int]], policy: str = POLICY) -> list[Sample]:
+        """Samples of a round's policy, in `NAME.parquet` beside it; of an earlier one of that round by the name of its folder."""
+        pool, folder = self.round(number) / f"{name}.parquet", self.policy(number).with_name(policy) if number else self.policy(0)
         about: dict[str, Any] = {"chat_template": self.chat_template, "seed": self.run.seed, "name": f"aligned-{number}"}
-        draw_pool(self.policy(number), wanted, self.sampling, folder=pool, **about)
+        draw_pool(folder, wanted, self.sampling, folder=pool, **about)
         return read_pool(pool)
+
+    def made(self, number: int) -> list["Made"]:
+        """The policies of a round in the order in which its training came to them, the last at its end."""
+        earlier = [Made(number, f"round-{number}-at-{share:.0%}", f"{POLICY}-{share:g}", share) for share in self.settings.kept]
+        found = [one for one in earlier if (self.round(number) / one.folder).exists()]
+        return [*found, Made(number, f"round-{number}", POLICY)]
 
     def drawn(self, number: int) -> int:
         """Tokens that were drawn of the policy before this round on the train prompts."""

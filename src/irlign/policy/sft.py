@@ -1,9 +1,7 @@
 """Supervised fine-tuning: forward KL over trajectories, `max_pi E_D[sum_t log pi(y_t | s_t)]` (method.md section 2)."""
 
-import copy
 import inspect
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +9,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from irlign.data.chat import template_in_words
-from irlign.policy.load import Policy, save_policy
 from irlign.policy.tuning import Tuning, collate
 from irlign.records import Demonstration
 from irlign.training import TrainerSettings
@@ -61,13 +58,11 @@ def train_sft(
     `about` is what `Tuning` takes further: chat_template, folder, checkpoints, seed, report_to. Returns steps, losses, and the dev loss
     (nats a completion token) before and after. Raises ModelError on divergence.
     """
-    tuning = Tuning(init, dev, settings, was="initial", becomes="sft", stage="sft", **about)
+    tuning = Tuning(init, dev, settings, was="initial", becomes="sft", stage="sft", kept=settings.kept, **about)
     encoded = tuning.form.encode([d.prompt.content for d in train], [d.completion for d in train])
     rows = [{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in encoded]
     skip = "logits_to_keep" in inspect.signature(tuning.policy.model.forward).parameters
     trainer = tuning.trainer(tuning.arguments(), rows, partial(collate, skip=skip))
-    for name, share in settings.kept.items():
-        trainer.add_callback(_keep(tuning.folder.parent / name, share, tuning.plain))
     return {**tuning.finish(trainer), "rows": len(rows)}
 
 
@@ -89,17 +84,3 @@ def publish_card(
         template=template_in_words(chat_template),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any:
-    """Saves a copy of the model once this share of the steps is done; memory holds it twice for that moment."""
-    from transformers import TrainerCallback
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.is_world_process_zero and state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
-                building = target.with_name(f".{target.name}")
-                save_policy(as_policy(copy.deepcopy(model)), building)
-                os.replace(building, target)
-
-    return Keep()

@@ -2,7 +2,8 @@
 again. A method's own file holds what stands between: its rows and its loss."""
 
 import copy
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 class Tuning:
     """One training of the policy in the folder `start`, from the seed on: `policy`, read under `form`. `was` and `becomes` name the two
-    ends in the log, `stage` is what progress and errors call it."""
+    ends in the log, `stage` is what progress and errors call it; `kept` are folders beside `folder`, by the share of the steps after which the policy is
+    saved there too."""
 
     def __init__(
         self,
@@ -35,12 +37,13 @@ class Tuning:
         was: str = "start",
         becomes: str = "aligned",
         stage: str = "optimise",
+        kept: Mapping[str, float] | None = None,
     ):
         from transformers import set_seed
 
         set_seed(seed)
         self.settings, self.folder, self.checkpoints, self.seed, self.report_to = settings, folder, checkpoints, seed, report_to
-        self.was, self.becomes, self.stage = was, becomes, stage
+        self.was, self.becomes, self.stage, self.kept = was, becomes, stage, kept or {}
         self.policy = load_policy(str(start), was)
         self.form = Format(self.policy.tokenizer, chat_template)
         self.dev_rows = self.form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
@@ -86,6 +89,8 @@ class Tuning:
     def finish(self, trainer: "Trainer", metrics: Sequence[str] | None = None) -> dict[str, Any]:
         """Train, and save the policy in `folder` as a plain transformers checkpoint. Returns steps, losses, what the trainer logged of `metrics`,
         and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence."""
+        for name, share in self.kept.items():
+            trainer.add_callback(_keep(self.folder.parent / name, share, self.plain))
         log = fit(trainer, self.stage, self.checkpoints)
         log |= {} if metrics is None else {"logged": logged(trainer, metrics)}
         tuned = self.plain(trainer.model)
@@ -98,6 +103,20 @@ class Tuning:
 
     def _dev_nll(self, policy: Policy) -> float | None:
         return mean_nll(policy, self.dev_rows) if self.dev_rows else None
+
+
+def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any:
+    """Saves a copy of the model once this share of the steps is done; memory holds it twice for that moment."""
+    from transformers import TrainerCallback
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.is_world_process_zero and state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
+                building = target.with_name(f".{target.name}")
+                save_policy(as_policy(copy.deepcopy(model)), building)
+                os.replace(building, target)
+
+    return Keep()
 
 
 def collate(batch: Sequence[dict[str, Any]], pad_id: int, *, skip: bool = False) -> dict[str, Any]:
