@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, Mi
 
 from irlign import forward
 from irlign.data.chat import Encoded
+from irlign.errors import ModelError
 from irlign.forward import each_batch, reads_alike
 
 PROMPTS = [[1, 7, 8], [1, 9, 10, 11, 12, 7], [5], [1, 13, 14, 15], [8, 9]]
@@ -62,6 +63,26 @@ def test_a_prompt_of_several_answers_is_read_once(kind, shares, tmp_path):
     for place, row in read:
         several = len(ROWS[place].prompt_ids) > 1 and place != len(ROWS) - 1  # the last row's prompt has one answer
         assert len(row.prompt_ids) == (1 if several and shares else len(ROWS[place].prompt_ids))
+
+
+def test_a_short_prompts_long_answers_beside_a_long_prompt(tmp_path):
+    """All in one batch of a model with 64 positions: 48 + 41 columns, of which each row has 54 at most."""
+    model = _model("gpt2", tmp_path)
+    rows = [Encoded([1, *[7] * (size - 1)], [*[20 + i] * (length - 1), 2]) for size, length in ((49, 5), (3, 40)) for i in range(2)]
+    with torch.inference_mode():
+        (batch,) = batches(model, rows, pad_id=3)
+        assert sorted(batch.places) == [0, 1, 2, 3] and batch.inputs["attention_mask"].shape == (4, 48 + 41)
+        for place, row, logits_T_V in zip(batch.places, batch.rows, model(**batch.inputs).logits, strict=True):
+            assert (logits_T_V[: len(row)] - _alone(model, rows[place])).abs().max() < 1e-4
+
+
+def test_memory_that_holds_no_row_names_the_text_as_it_is(tmp_path):
+    def work(batch):
+        raise RuntimeError("CUDA out of memory")
+
+    rows = [Encoded([1] * 41, [20, 2]), Encoded([1] * 41, [21, 2])]  # each weighs 11: its own 3 tokens and the 40 before them, a fourth
+    with torch.inference_mode(), pytest.raises(ModelError, match="out of memory with one text of 43 tokens"):
+        each_batch(_model("llama", tmp_path), rows, 3, work, where="the test")
 
 
 def test_a_batch_stays_within_its_tokens(tmp_path):

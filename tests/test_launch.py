@@ -9,13 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from small import small_recipe
 from tiny import make_tiny_policy
 
 from irlign.errors import ConfigError, ModelError, RunError
 from irlign.files import read_json
-from irlign.launch import ProcessSettings, launch
+from irlign.launch import COMMON, PRESETS, ProcessSettings, _command, launch
 from irlign.policy.sft import SFTSettings, train_sft
+from irlign.recipe import as_recipe
 from irlign.records import Contrast, Demonstration, Prompt
 from irlign.reward.learn import train_reward_of
 from irlign.reward.train import RewardSettings
@@ -51,6 +53,11 @@ def _sft(folder, processes, rows, **changes):
     return launch(processes, train_sft, init, shown, shown[:4], _settings(SFTSettings, rows, **changes), **options)
 
 
+def _file(folder, **content):
+    (folder / "own.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "own.yaml")
+
+
 def _weights(folder):
     from safetensors.numpy import load_file
 
@@ -67,6 +74,13 @@ def test_sft_in_two_processes_is_that_of_one(tmp_path):
     ours, theirs = _weights(tmp_path / "one/sft"), _weights(tmp_path / "two/sft")
     assert all(abs(ours[name] - theirs[name]).max() < 1e-4 for name in ours)
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"sft", "checkpoints"}
+
+
+@pytest.mark.slow
+def test_a_file_of_accelerates_says_how_many(tmp_path):
+    file = _file(tmp_path, num_processes=2, **COMMON, **PRESETS[None])
+    one, two = _sft(tmp_path / "one", ProcessSettings(), 8), _sft(tmp_path / "two", ProcessSettings(accelerate_config=file), 4)
+    assert two["processes"] == 2 and two["losses"] == pytest.approx(one["losses"], rel=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -159,6 +173,38 @@ def test_the_manifest_says_how_many_and_which_file(tmp_path):
     assert first != ProcessSettings(accelerate_config=str(file)).identity and first["processes"]["num_processes"] == 1
 
 
+def test_the_number_in_a_file_counts_everywhere(tmp_path):
+    for content, given, count in (
+        ({"num_processes": 2}, 1, 2),
+        ({"num_processes": 2}, 2, 2),
+        ({"num_processes": -1}, 3, 3),  # left open
+        ({"distributed_type": "MULTI_GPU"}, 1, 1),
+    ):
+        processes = ProcessSettings(num_processes=given, accelerate_config=_file(tmp_path, **content))
+        processes.check()
+        assert processes.count == count and processes.identity["processes"]["num_processes"] == count
+        assert f"--num_processes {count} " in " ".join(_command(processes, tmp_path))
+    for content, said in (("num_processes: 2", "8 processes, and .*own.yaml says 2"), ("- 2", "is no configuration"), ("{", "is no conf")):
+        (tmp_path / "own.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=said):
+            ProcessSettings(num_processes=8, accelerate_config=str(tmp_path / "own.yaml")).check()
+
+
+def test_a_plan_takes_the_number_from_the_file_too(tmp_path):
+    from irlign.plan import planned
+
+    def trained(**processes):
+        recipe = as_recipe({"world": "dialogue", "processes": processes, "sft": {"max_steps": 10}})
+        return next(stage.trained for stage in planned(recipe) if stage.name == "sft")
+
+    assert trained(accelerate_config=_file(tmp_path, num_processes=2)) == trained(num_processes=2) > trained()
+
+
+def test_a_call_that_cannot_be_told_is_an_error_here(tmp_path):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        launch(TWO, json.dumps, lambda: 0, checkpoints=tmp_path)
+
+
 def test_a_configuration_that_cannot_serve_is_found_before_anything_is_computed(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("irlign.launch.has_cuda", lambda: False)
@@ -173,7 +219,6 @@ def test_a_configuration_that_cannot_serve_is_found_before_anything_is_computed(
 
 def test_what_needs_the_whole_model_is_refused_where_it_is_split(monkeypatch):
     from irlign.preflight import preflight
-    from irlign.recipe import as_recipe
 
     monkeypatch.setattr("irlign.launch.has_cuda", lambda: True)
     split = {"world": "dialogue", "processes": {"num_processes": 2, "accelerate_config": "fsdp2"}}
@@ -188,7 +233,6 @@ def test_what_needs_the_whole_model_is_refused_where_it_is_split(monkeypatch):
 
 
 def test_the_command_line_reaches_every_stage():
-    from irlign.recipe import as_recipe
 
     recipe = as_recipe({"world": "dialogue"}, ["--num_processes", "4", "--accelerate_config", "fsdp2"])
     assert recipe.processes == ProcessSettings(num_processes=4, accelerate_config="fsdp2")

@@ -129,6 +129,14 @@ def test_the_demonstration_is_never_a_candidate(finished):
         assert (row["completion"], row["reward"]) == (best["completion"], best["reward/init-sft+likelihood"])
 
 
+@pytest.mark.parametrize(("budget", "line"), [(2, "bon: best_of_n.budget=2 is not below n = 2"), (1.5, "bon: of these a prompt uses")])
+def test_a_budget_that_changes_nothing_is_said(copied, monkeypatch, budget, line):
+    said = []
+    monkeypatch.setattr("irlign.pipeline.say", said.append)
+    run_stage("bon", small_recipe(copied, best_of_n={"n": 2, "force": True, "budget": budget}))
+    assert said[-1].startswith(line)
+
+
 def test_with_a_budget_each_prompt_uses_its_own_number_of_answers(copied):
     results = run(small_recipe(copied, best_of_n={"n": 4, "force": True, "budget": 2}, optimise={"method": "none"}))
     candidates = read_table(copied / "best_of_n/candidates.parquet")

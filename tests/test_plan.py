@@ -13,7 +13,7 @@ from irlign import costs, machine, sizes
 from irlign.config import load_recipe
 from irlign.costs import Shape, Speed
 from irlign.data.chat import Format
-from irlign.errors import ConfigError, DataError
+from irlign.errors import ConfigError, DataError, ModelError
 from irlign.plan import plan, short, stages
 from irlign.policy.load import count_parameters, load_policy, load_tokenizer
 from irlign.recipe import Recipe
@@ -260,3 +260,11 @@ def test_rounds_and_the_discriminator_by_hand():
         for m in ([], ["optimise.on_policy.dense_share=0.5"])
     )
     assert ratio.trained == grpo.trained and both.read == grpo.read + 2 * (30 + 3 * 10 * 8) * 20 and ratio.read < both.read
+
+
+def test_a_model_without_attention_has_no_plan(tmp_path):
+    from transformers import MambaConfig
+
+    MambaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="a plan counts what attention costs, and mamba models have none"):
+        shape_of(str(tmp_path))

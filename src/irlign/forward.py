@@ -94,7 +94,8 @@ def _with_shared_prompts(
             inputs = memory.inputs([which[i] for i in own], [tails[j][1].ids for j in part])
             work(Batch(own, [tails[j][1] for j in part], inputs))
 
-        in_batches([max(len(tail), -(-(len(tail) + width) // kept)) for _, tail in tails], budget, after, where=where)
+        weights = [max(len(tail), -(-(len(tail) + width) // kept)) for _, tail in tails]
+        in_batches(weights, budget, after, where=where, texts=[len(rows[i]) for i, _ in tails])
 
     in_batches([len(p) for p in prompts], budget, answers, where=where)
 
@@ -124,7 +125,7 @@ class _Prompts:
         cache = DynamicCache()
         for number, (keys_P_H_T_D, values_P_H_T_D) in enumerate(self.layers):
             cache.update(keys_P_H_T_D[which_B], values_P_H_T_D[which_B], number)
-        positions_B_T = before_B_T.sum(1, keepdim=True) + torch.arange(ids_B_T.shape[1], device=self.device)
+        positions_B_T = before_B_T.sum(1, keepdim=True) + (own_B_T.cumsum(1) - 1).clamp(min=0)  # padding too: the model has no others
         mask_B_T = torch.cat([before_B_T, own_B_T], dim=1)
         return {
             "input_ids": ids_B_T,

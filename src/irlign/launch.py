@@ -6,6 +6,7 @@ the training is over all but the first leave (`training.fit`), so that whatever 
 
 import contextlib
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -52,12 +53,20 @@ class ProcessSettings(Settings):
     """In how many processes SFT, the reward and the policy method train."""
 
     num_processes: int = Field(
-        1, ge=1, description="processes that train together, one a GPU; a step then has so many times per_device_train_batch_size rows"
+        1,
+        ge=1,
+        description="processes that train together, one a GPU; a step then has so many times per_device_train_batch_size rows. With a file of "
+        "accelerate's: as it says",
     )
     accelerate_config: str | None = Field(
         None,
         description="how the model is split over them: fsdp2, zero3 (needs deepspeed) or a file of accelerate's; null = each has all of it",
     )
+
+    @property
+    def count(self) -> int:
+        """How many processes there are: `num_processes`, or where that is 1 what the file says."""
+        return self.num_processes if self.num_processes > 1 else self._count_in_file or 1
 
     @property
     def several(self) -> bool:
@@ -69,26 +78,46 @@ class ProcessSettings(Settings):
         """What a manifest says of it, the content of a file too; nothing of one process."""
         if not self.several:
             return {}
-        own = self.accelerate_config not in PRESETS
-        return {"processes": {**self.model_dump(), **({"sha256": hash_path(Path(str(self.accelerate_config)))} if own else {})}}
+        own = {} if self.accelerate_config in PRESETS else {"sha256": hash_path(Path(str(self.accelerate_config)))}
+        return {"processes": {**self.model_dump(), "num_processes": self.count, **own}}
 
     @property
     def sharded(self) -> bool:
         """Whether each process has a part of the model only, as the preset or the file says."""
         if self.accelerate_config in PRESETS:
             return self.accelerate_config is not None
-        found = yaml.safe_load(Path(str(self.accelerate_config)).read_text(encoding="utf-8"))
-        return isinstance(found, dict) and found.get("distributed_type") in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+        return self._file.get("distributed_type") in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+    @property
+    def _file(self) -> dict[str, Any]:
+        """What the user's own file says; nothing of a preset, or where it cannot be read (`check`)."""
+        if self.accelerate_config in PRESETS:
+            return {}
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            found = yaml.safe_load(Path(str(self.accelerate_config)).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    @property
+    def _count_in_file(self) -> int | None:
+        """None where the file leaves it open (accelerate's word for that is -1)."""
+        found = self._file.get("num_processes")
+        return found if isinstance(found, int) and found > 0 else None
 
     def check(self) -> None:
-        """Raises ConfigError for a configuration file that is not there, zero3 without deepspeed, and sharding without a GPU, where accelerate
-        would quietly give each process all of the model."""
+        """Raises ConfigError for a configuration file that is not there, no mapping or for another number of processes, zero3 without
+        deepspeed, and sharding without a GPU, where accelerate would quietly give each process all of the model."""
         from importlib.util import find_spec
 
         where = "processes.accelerate_config"
         if self.accelerate_config not in PRESETS and not Path(str(self.accelerate_config)).is_file():
             what = f"there is no preset and no file {self.accelerate_config!r}"
             raise ConfigError(what, where=where, do="use fsdp2 or zero3, or what `accelerate config` writes")
+        if self.accelerate_config not in PRESETS and not self._file:
+            raise ConfigError(f"{self.accelerate_config} is no configuration", where=where, do="give what `accelerate config` writes")
+        if self.num_processes > 1 and self._count_in_file not in (None, self.num_processes):
+            what = f"{self.num_processes} processes, and {self.accelerate_config} says {self._count_in_file}"
+            raise ConfigError(what, where="processes.num_processes", do="leave it out, or make the file say the same")
         if self.accelerate_config == "zero3" and find_spec("deepspeed") is None:
             raise ConfigError("deepspeed is not installed", where=where, do="pip install deepspeed, or use fsdp2")
         if self.sharded and not has_cuda():
@@ -106,32 +135,32 @@ def launch(
     place = checkpoints / "launch"
     remove(place)
     place.mkdir(parents=True)
-    key = os.urandom(32)
+    key, count, call = os.urandom(32), processes.count, pickle.dumps((function, args, options))
     with Listener(authkey=key) as listener:  # nothing that could be run is ever read from a file
-        exchange = Exchange(listener, (function, args, options), processes.num_processes)
-        code = _run(_command(processes, place), place / LOG, processes.num_processes, {ADDRESS: str(listener.address), KEY: key.hex()})
+        exchange = Exchange(listener, call, count)
+        code = _run(_command(processes, place), place / LOG, count, {ADDRESS: str(listener.address), KEY: key.hex()})
         exchange.close()
     if exchange.errors:
         raise exchange.errors[min(exchange.errors)]
     if 0 not in exchange.answers:
-        raise RunError(f"training in {processes.num_processes} processes ended without a result, exit code {code}", where=place / LOG)
+        raise RunError(f"training in {count} processes ended without a result, exit code {code}", where=place / LOG)
     return exchange.answers[0]
 
 
 class Exchange:
-    """Tells each process the call that it is to make, and keeps what it answers, or its error, by its rank."""
+    """Tells each process the call that it is to make (pickled), and keeps what it answers, or its error, by its rank."""
 
-    def __init__(self, listener: Listener, call: tuple[Any, ...], count: int):
+    def __init__(self, listener: Listener, call: bytes, count: int):
         self.answers: dict[int, Any] = {}
         self.errors: dict[int, Exception] = {}
         self.talks = [threading.Thread(target=self._talk, args=(listener, call), daemon=True) for _ in range(count)]
         for talk in self.talks:
             talk.start()
 
-    def _talk(self, listener: Listener, call: tuple[Any, ...]) -> None:
+    def _talk(self, listener: Listener, call: bytes) -> None:
         # it may have ended without a word, or the wait is over
         with contextlib.suppress(EOFError, OSError), listener.accept() as told:
-            told.send(call)
+            told.send_bytes(call)
             rank, error, answer = told.recv()
             if error is not None:
                 self.errors[rank] = error
@@ -149,7 +178,7 @@ def _command(processes: ProcessSettings, place: Path) -> list[str]:
     if file in PRESETS:
         file = str(place / CONFIG)
         Path(file).write_text(yaml.safe_dump({**COMMON, **PRESETS[processes.accelerate_config]}), encoding="utf-8")
-    count = ["--num_processes", str(processes.num_processes)] if processes.num_processes > 1 or file == str(place / CONFIG) else []
+    count = ["--num_processes", str(processes.count)]  # a file may leave it open
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *count]
     return [*launcher, "--module", "irlign.launch", str(place)]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ from irlign.errors import ConfigError
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": (1 << 31) - 1}  # what `freed_memory_kept` sets, where nobody has
 OLD_MOST = 1 << 25  # bytes: old glibc takes no higher threshold, and the present one finds none higher by itself
+CGROUP = Path("/sys/fs/cgroup")
 PACKAGES = ("irlign", "torch", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -62,18 +64,24 @@ def free_memory(device: str) -> int:
 
     1 GiB where the system cannot tell.
     """
+    give_memory_back()
     if device == "cuda":
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
-    give_memory_back()
     found = []
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
         found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10)
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        found.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()) + _cached())
     return min(found, default=1 << 30)
+
+
+def _cached() -> int:
+    """Bytes of files that the control group holds and that the system drops where memory is asked for; 0 where it cannot tell."""
+    with contextlib.suppress(OSError, StopIteration), (CGROUP / "memory.stat").open(encoding="ascii") as lines:
+        return int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+    return 0
 
 
 def total_memory() -> int:
@@ -82,7 +90,7 @@ def total_memory() -> int:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        found.append(int((CGROUP / "memory.max").read_text()))
     return min(found, default=1 << 30)
 
 
@@ -108,7 +116,12 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def give_memory_back() -> None:
-    """What is freed and kept goes to the system: before another process needs it, or somebody asks how much is free."""
+    """What is freed and kept goes to the system, and what torch keeps of an accelerator to that: before another process needs it, or
+    somebody asks how much is free."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
     if libc := _glibc():
         libc.malloc_trim(0)
 

@@ -264,7 +264,9 @@ def bon(recipe: Recipe, run: Run) -> None:
     )
     choice = read_json(run.path("best_of_n/choice.json"))
     say(f"bon: {choice['reward']}, n = {choice['n']}: {choice['why']}")
-    if choice["adaptive"]:
+    if settings.budget is not None and settings.budget >= choice["n"]:
+        say(f"bon: best_of_n.budget={settings.budget:g} is not below n = {choice['n']}, so it changes nothing")
+    elif choice["adaptive"]:
         say("bon: of these a prompt uses " + ", ".join(f"{n:.2f} on {split}" for split, n in choice["adaptive"]["n"].items()))
 
 

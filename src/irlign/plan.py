@@ -46,7 +46,7 @@ def stages(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: S
     """Every stage that computes, in order. `backbone` is what the reward starts from or reads."""
     found = [_sample(recipe, sizes, shape, speed), _reward(recipe, sizes, backbone, speed), _bon(recipe, sizes, shape, backbone, speed)]
     found += [*_optimise(recipe, sizes, shape, backbone, speed), _eval(recipe, sizes, shape, backbone, speed)]
-    stored, several = shape.parameters * shape.size, recipe.processes.num_processes
+    stored, several = shape.parameters * shape.size, recipe.processes.count
     if recipe.sft_model_name_or_path:
         sft = Stage("sft", memory=PROCESS, disk=stored)
     else:
@@ -133,9 +133,7 @@ def _learned(recipe: Recipe, sizes: Sizes, backbone: Shape, speed: Speed, train:
     texts = 2 * dev * several
     read = backbone.read(texts, length, head=False)
     share = train * member_share(several)
-    stage = _trained(
-        "reward", r, share, length, sizes.longest, backbone, speed, texts * length, read, 2, False, recipe.processes.num_processes
-    )
+    stage = _trained("reward", r, share, length, sizes.longest, backbone, speed, texts * length, read, 2, False, recipe.processes.count)
     return replace(stage, disk=_networks(recipe) * (backbone.parameters - backbone.head) * 4)
 
 
@@ -203,7 +201,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     pools += [(p["dev"], p["dev"] * o.generations)] * (o.rounds * len(o.kept))
     candidates = o.rounds * (1 + len(o.kept))
     pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
-    rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.num_processes
+    rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.count
     trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
     others = _discriminators(recipe, sizes, shape, speed, own + new / o.rounds)

@@ -23,7 +23,7 @@ from irlign.training import Config, TrainerSettings, training_arguments
 def preflight(recipe: Recipe) -> None:
     """Raises ConfigError for an unknown engine, a Python without vLLM or an endpoint without a model for a policy, a judge without an
     address, a golden reward that cannot be imported, a Python without lm-evaluation-harness, a policy method whose library is missing, and a field or tracker that its training
-    arguments refuse; DataError for a preference file that cannot be read; ModelError for a checkpoint that is no causal language model or not there. Reads configurations, never weights.
+    arguments refuse; DataError for a preference file that cannot be read; ModelError for a checkpoint that is no causal language model, one without past_key_values, or not there. Reads configurations, never weights.
     """
     if recipe.pools is None:
         check_engine(recipe.sampling, ["init", "sft", *recipe.sft.kept])

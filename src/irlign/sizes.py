@@ -6,7 +6,7 @@ from typing import Any
 
 from irlign.costs import Shape, Speed, llama
 from irlign.data.demonstrations import load_demonstrations, split_by_prompt
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, ModelError
 from irlign.machine import has_cuda, matmul_flops
 from irlign.packed import LARGE
 from irlign.policy.load import count_parameters, load_config, load_tokenizer
@@ -32,8 +32,11 @@ class Sizes:
 
 
 def shape_of(path: str, cuda: bool = False) -> Shape:
-    """The shape of a checkpoint from its configuration and its files' headers. Raises ModelError."""
+    """The shape of a checkpoint from its configuration and its files' headers. Raises ModelError, also where nothing attends."""
     config = load_config(path).get_text_config()
+    if getattr(config, "num_attention_heads", None) is None:
+        what = f"a plan counts what attention costs, and {config.model_type} models have none"
+        raise ModelError(what, where=path, do="give a model with attention layers, all of them or some")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * width
     table = config.vocab_size * config.hidden_size

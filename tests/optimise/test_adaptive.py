@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, DataError
 from irlign.optimise.adaptive import FEWEST, Laws, answers_taken, cost_of, expected_gains, laws_of, stop_early
 from irlign.statistics import best_of_n
 
@@ -153,3 +153,13 @@ def test_too_few_dev_prompts_are_an_error():
     with pytest.raises(ConfigError, match="19 dev prompts say too little") as error:
         stop_early(_rows(prompts=19), "r", 8, 4)
     assert error.value.where == "best_of_n.budget"
+
+
+@pytest.mark.parametrize("left", [5, 1])
+def test_a_dev_pool_of_too_few_answers_is_an_error(left):
+    rows = [row for row in _rows() if row["prompt_id"] != "dev3" or row["index"] < left]
+    with pytest.raises(DataError, match=rf"dev prompt dev3 has {left} answers?, and a prompt may use 8") as error:
+        stop_early(rows, "r", 8, 4)
+    assert error.value.where == "best_of_n.budget" and f"lower best_of_n.n to {left}" in error.value.do
+    test = [row for row in _rows() if row["prompt_id"] != "test3" or row["index"] < left]  # such a one takes what it has
+    assert stop_early(test, "r", 8, 4)[0]["test3"] <= left

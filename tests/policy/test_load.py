@@ -8,7 +8,7 @@ import torch
 from tiny import make_tiny_policy, make_tiny_tokenizer
 
 from irlign.errors import ModelError
-from irlign.policy.load import context_length, load_config, load_policy, save_policy
+from irlign.policy.load import check_causal, context_length, load_config, load_policy, save_policy
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,20 @@ def test_an_adapter_becomes_a_plain_model(folder, tmp_path):
     save_policy(loaded, tmp_path / "plain")
     assert not (tmp_path / "plain/adapter_config.json").exists()
     assert torch.allclose(_logits(load_policy(str(tmp_path / "plain")).model), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "xlnet"])
+def test_a_model_without_past_key_values_is_refused_by_its_configuration_alone(kind, tmp_path):
+    from transformers import MambaConfig, XLNetConfig
+
+    {"mamba": MambaConfig, "xlnet": XLNetConfig}[kind](architectures=["XLNetLMHeadModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{kind} models keep their past in another way") as error:
+        check_causal(str(tmp_path))
+    assert error.value.where == str(tmp_path) and "attention layers" in error.value.do
+
+
+def test_a_model_with_linear_attention_in_some_layers_is_a_policy(tmp_path):
+    from transformers import Lfm2Config
+
+    Lfm2Config(architectures=["Lfm2ForCausalLM"]).save_pretrained(tmp_path)
+    check_causal(str(tmp_path))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import FAMILIES, HYBRIDS, make_model
 
 from irlign.sampling.attention import attention
 from irlign.sampling.decoder import ALL_THERE, MORE_MAY_COME, Decoder, Room, Row
@@ -158,3 +158,19 @@ def test_a_model_that_keeps_another_state_is_served_by_copies():
         BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     )
     assert not serves(model.eval(), 3)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_models_that_keep_states_beside_keys_and_values_are_served_by_copies(family):
+    """Greedy text is that of the whole text read anew, in a batch that rows leave one by one: prompts of three lengths, answers of four."""
+    model = make_model(family)
+    assert not serves(model, 3)
+    texts, limits = [list(PROMPTS[p]) for p in (0, 0, 1, 1, 2)], (3, 12, 7, 12, 5)
+    rows = [Row(tuple(text), seed, limit) for seed, (text, limit) in enumerate(zip(texts, limits, strict=True))]
+    ids, _ = _decode(model, rows, "copied", Room(8, 10**6), ends=(99,), top_k=1)
+    for _ in range(max(limits)):
+        following = [int(_own(model, [text])[0].argmax()) for text in texts]
+        texts = [[*text, token] for text, token in zip(texts, following, strict=True)]
+    for row, drawn, text, limit in zip(rows, ids, texts, limits, strict=True):
+        assert list(drawn) == text[len(row.prompt) :][:limit]
+    assert len({int(token) for drawn in ids for token in drawn}) > 5

@@ -108,6 +108,21 @@ def test_a_field_that_the_endpoint_does_not_know_is_left_out_and_recorded(tmp_pa
         _draw(server, tmp_path / "other", top_k=5)  # this one is the law itself
 
 
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (True, "'max_tokens' or 'max_completion_tokens' is too large: 8. This model's context is 4 tokens"),
+        (True, "max_completion_tokens is unsupported"),
+        (False, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+    ],
+)
+def test_another_refusal_that_mentions_the_limit_leaves_its_field(tmp_path, chat, said):
+    own = {} if chat else {"endpoint": "completions"}
+    with Server(lambda n, body: (400, {}, error(said))) as server, pytest.raises(ModelError, match="refuses the request"):
+        _draw(server, tmp_path, {"max_retries": 0, "max_concurrency": 1, **own})
+    assert [("max_tokens" in body, "max_completion_tokens" in body) for body in server.bodies] == [(True, False)]
+
+
 @pytest.mark.parametrize("after", [1, 8, 18])
 def test_a_killed_draw_asks_for_nothing_twice(tmp_path, monkeypatch, after):
     """A process that SIGKILL ends right after so many answers, a torn line behind them; what is taken up is the pool of one go."""

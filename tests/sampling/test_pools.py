@@ -175,6 +175,26 @@ def test_memory_that_holds_no_answer_is_an_error_with_a_remedy(policy, tmp_path,
     assert [*tried] == [4, 2, 1] and "sampling.max_new_tokens" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("own", "cores", "parts", "sharing"),
+    [({}, 8, 3, 3), ({"num_cpus": 4}, 8, 3, 2), ({"num_cpus": 16}, 8, 3, 1), ({"num_workers": 2}, 8, 3, 2), ({}, 1, 3, 1), ({}, 8, 1, 1)],
+)
+def test_the_workers_of_a_node_share_its_memory(policy, tmp_path, monkeypatch, own, cores, parts, sharing):
+    """Half of 2^17 bytes, 256 for a token: 256 tokens for all of them. Without Ray: what it hands to the first worker is called here."""
+
+    def spread(settings, load, shards, name, told):
+        work, _ = load(told)
+        yield from ((number, work(shard)) for number, shard in shards.items())
+
+    monkeypatch.setattr("irlign.sampling.cluster.spread", spread)
+    monkeypatch.setattr("irlign.sampling.transformers_engine.free_memory", lambda device: 2**17)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    settings = SamplingSettings(engine="cluster", cluster=own, max_new_tokens=8, batch_size=64, part_prompts=6 // parts)
+    assert (
+        _draw(policy, tmp_path, settings=settings)["settled"]["batch_tokens"] == {1: 256, 2: 128, 3: 64}[sharing]
+    )  # 256 / 3 is 85: a power of two
+
+
 def test_what_the_engine_settled_on_holds_after_a_resume(policy, tmp_path, monkeypatch):
     """Free memory shrinks between the two attempts: the rest is drawn with the budget of the first part."""
     _draw(policy, tmp_path / "plenty")

@@ -27,10 +27,12 @@ def length_sorted_batches(lengths: Sequence[int], token_budget: int) -> list[lis
     return batches
 
 
-def in_batches(lengths: Sequence[int], token_budget: int, work: Callable[[list[int]], None], *, where: str) -> None:
+def in_batches(
+    lengths: Sequence[int], token_budget: int, work: Callable[[list[int]], None], *, where: str, texts: Sequence[int] | None = None
+) -> None:
     """`work(indices)` on all of `length_sorted_batches`. Where memory runs out in one, it and the rest go on with half the tokens at once.
 
-    Raises ModelError where memory does not hold one row.
+    `texts` are the tokens of each text, where `lengths` are not. Raises ModelError where memory does not hold one row.
     """
     todo = deque(length_sorted_batches(lengths, token_budget))
     while todo:
@@ -42,7 +44,8 @@ def in_batches(lengths: Sequence[int], token_budget: int, work: Callable[[list[i
                 raise
             longest = lengths[batch[0]]
             if len(batch) == 1:
-                what, do = f"out of memory with one text of {longest} tokens", "lower data.max_length, or free memory"
+                size = texts[batch[0]] if texts else longest
+                what, do = f"out of memory with one text of {size} tokens", "lower data.max_length, or free memory"
                 raise ModelError(what, where=where, do=do) from error
             token_budget = len(batch) * longest // 2
             left = [i for again in (batch, *todo) for i in again]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, DataError
 from irlign.records import SCORE
 
 FEWEST = 20  # dev prompts: fewer say too little about what a prompt may be like
@@ -91,7 +91,8 @@ def answers_used(
 def stop_early(rows: Sequence[Mapping[str, Any]], reward: str, most: int, budget: float) -> tuple[dict[str, int], dict[str, Any]]:
     """How many answers of each prompt are used, at most `most` and on average `budget` on dev, and what choice.json says of it.
 
-    Rows as in candidates.parquet. Nothing of a test prompt but its own answers decides its number. Raises ConfigError for too few dev prompts.
+    Rows as in candidates.parquet. Nothing of a test prompt but its own answers decides its number. Raises ConfigError for too few dev
+    prompts, DataError for one with fewer than `most` answers.
     """
     split = {row["prompt_id"]: row["split"] for row in rows}
     known = [prompt_id for prompt_id, of in split.items() if of == "dev"]
@@ -99,7 +100,10 @@ def stop_early(rows: Sequence[Mapping[str, Any]], reward: str, most: int, budget
         what = f"{len(known)} dev prompts say too little about what a prompt's rewards may be like ({FEWEST} are needed)"
         raise ConfigError(what, where="best_of_n.budget", do="leave it out, or hold out more prompts (data.dev_prompts)")
     worth, places = _worth(rows, reward, {*known}), {prompt_id: place for place, prompt_id in enumerate(known)}
-    size = min(len(worth[prompt_id]) for prompt_id in known)
+    size, fewest = min((len(worth[prompt_id]), prompt_id) for prompt_id in known)
+    if size < most:
+        what = f"dev prompt {fewest} has {size} answer{'s' * (size > 1)}, and a prompt may use {most}"
+        raise DataError(what, where="best_of_n.budget", do=f"give it more, lower best_of_n.n to {size}, or leave the budget out")
     laws = laws_of(np.stack([worth[prompt_id][:size] for prompt_id in known]))
     gains = {prompt_id: expected_gains(of[:most], laws, places.get(prompt_id)) for prompt_id, of in worth.items()}
     cost = cost_of(np.stack([gains[prompt_id] for prompt_id in known]), budget)

@@ -1,5 +1,6 @@
 """Policies: a causal language model, its tokenizer and a name, from a folder, an adapter or a Hub id."""
 
+import inspect
 import json
 import math
 import os
@@ -83,14 +84,20 @@ def has_token_head(path: str) -> bool:
 
 
 def check_causal(path: str) -> None:
-    """Raises ModelError where the checkpoint in a folder or at a Hub id is no causal language model, by its configuration alone."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Raises ModelError where the checkpoint in a folder or at a Hub id is no causal language model, or one that keeps its past in a way of
+    its own (Mamba, RWKV, XLNet), by its configuration alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = load_config(path)
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if known else None
+    if known and "past_key_values" not in inspect.signature(model.forward).parameters:
+        what = f"answers are drawn from a model's past_key_values, and {config.model_type} models keep their past in another way"
+        raise ModelError(what, where=path, do="give one with attention layers, all of them or some (Llama, Qwen, LFM2, ...)")
     if Path(path, "adapter_config.json").is_file():
         return
     wrong_head = [a for a in (config.architectures or []) if "CausalLM" not in a and "LMHead" not in a and "ConditionalGeneration" not in a]
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or wrong_head:
+    if not known or wrong_head:
         kind = ", ".join(config.architectures or [config.model_type])
         raise ModelError(f"this checkpoint is {kind}, no causal language model", where=path, do="give a model that generates text")
 

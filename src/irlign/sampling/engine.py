@@ -71,6 +71,11 @@ class ClusterSettings(Settings):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of each worker; null = one where the cluster has any")
     max_retries: int = Field(3, ge=0, description="how often a part that is lost with its worker is done again")
 
+    def on_a_node(self, cores: int) -> int:
+        """The most workers that a node of so many cores has, and that share its memory."""
+        fit = max(1, int(cores / self.num_cpus))
+        return min(fit, self.num_workers or fit)
+
 
 class SamplingSettings(Settings):
     """How answers are drawn. Every field is passed explicitly, so a model's own generation_config never narrows it."""

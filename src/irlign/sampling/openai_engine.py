@@ -27,6 +27,10 @@ from irlign.sampling.engine import AtOnce, Drawn, Request, SamplingSettings, Ser
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # said aloud: servers take the model's own defaults otherwise
 OPTIONAL = ("seed", "logprobs", *NEUTRAL)
+# o-series and later: "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+NO_MAX_TOKENS = re.compile(
+    r"\b(unsupported|unrecogni[sz]ed|unknown)\b[^.]*\bmax_tokens\b|\bmax_tokens\b[^.]*\b(not supported|unsupported|deprecated)\b", re.I
+)
 ENDS: dict[str, FinishReason] = {"stop": "eos", "length": "length"}
 
 
@@ -148,7 +152,7 @@ class OpenAIEngine:
 
     def _adapt(self, body: Mapping[str, Any], said: str) -> bool:
         """Whether a refused request should go out again without what the refusal names."""
-        if "max_completion_tokens" in said and "max_tokens" in body:
+        if self.settled["endpoint"] == "chat" and "max_tokens" in body and "max_completion_tokens" in said and NO_MAX_TOKENS.search(said):
             self.settled["limit"] = "max_completion_tokens"
             return True
         held = {"top_k"} if self.settings.top_k else set()

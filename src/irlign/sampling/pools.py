@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -61,7 +62,8 @@ def draw_pool(
     size = settings.part_prompts
     paths = {first: folder / f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(wanted), size))}
     todo = {number: wanted[first : first + size] for number, (first, path) in enumerate(paths.items()) if not path.exists()}
-    settings = settings.model_copy(update={"num_workers": max(1, min(settings.num_workers, len(todo)))})  # who share the memory
+    most = len(todo) if settings.spread else settings.num_workers
+    settings = settings.model_copy(update={"num_workers": max(1, min(most, len(todo)))})  # who share the memory, as far as is known here
     places, load = [*paths.values()], partial(_drawer, policy, settings, chat_template, seed, name)
     with Progress(f"sample {name}", sum(n for _, n in wanted), "samples") as bar:
         bar.advance(sum(n for first, path in paths.items() if path.exists() for _, n in wanted[first : first + size]))
@@ -91,6 +93,9 @@ def _drawer(
     if settings.spread and not policy.is_dir() and settings.here.engine != "openai":
         do = "give an output_dir on a file system that all nodes share"
         raise RunError("a node of the cluster does not see this folder", where=policy, do=do)
+    if settings.spread:
+        sharing = min(settings.num_workers, settings.cluster.on_a_node(os.cpu_count() or 1))
+        settings = settings.model_copy(update={"num_workers": sharing})
     engine = load_engine(policy, settings, chat_template, settled, drawn)
     return partial(_draw_part, engine, settings, seed, name), engine.settled
 

@@ -59,7 +59,8 @@ class SharedState:
 
 
 class CopiedState:
-    """The same for any causal language model: the prompt's cache copied to each of its rows."""
+    """The same for any causal language model that keeps its past in a transformers `Cache` (`policy.load.check_causal`), states of linear
+    attention included: the prompt's cache copied to each of its rows."""
 
     joins = False
     attention_name: str | None = None
@@ -72,7 +73,7 @@ class CopiedState:
     def add(self, prompts: Sequence[Sequence[int]], which_B: np.ndarray) -> torch.Tensor:
         which = torch.from_numpy(which_B).to(self.model.device)
         logits_P_V, self.cache, mask_P_T = prefill(self.model, prompts, self.pad_id, DynamicCache(config=self.model.config))
-        self.cache.batch_select_indices(which)
+        self.cache.reorder_cache(which)  # it alone takes the states of linear attention along
         self.mask_B_T = mask_P_T[which]
         return logits_P_V[which]
 
@@ -83,7 +84,7 @@ class CopiedState:
 
     def keep(self, kept_B: np.ndarray) -> None:
         kept = torch.from_numpy(kept_B).to(self.model.device)
-        self.cache.batch_select_indices(kept)
+        self.cache.reorder_cache(kept)
         self.mask_B_T = self.mask_B_T[kept]
 
 

@@ -1,4 +1,4 @@
-"""Sampling in process from any transformers causal language model, on a CPU or a GPU.
+"""Sampling in process from any transformers causal language model that takes `past_key_values`, on a CPU or a GPU.
 
 Answers that start together share their prompt's keys and values; finished rows leave the batch and waiting ones take their
 places, those of requests that come while others are drawn among them (`drawing`). Tokens are drawn by inverting the cumulative
