@@ -1,8 +1,9 @@
 """Adaptive Best-of-n against the same n for all prompts: tokens for an equal golden reward, on finished cells of the arena.
 
     python benchmarks/adaptive_bon.py runs/arena/cells [--seeds 0..9] [--only 'dialogue*'] [--reward init-sft] [--json FILE]
+    python benchmarks/adaptive_bon.py --quick
 
-Cells are only read. In each the reward is the one that `irlign run` selects by, or the one named; the law of a prompt and the cost of an
+Cells are only read; `--quick` makes a small one, in under a minute. In each the reward is the one that `irlign run` selects by, or the one named; the law of a prompt and the cost of an
 answer come from the dev prompts as drawn, and the rule is applied to the test prompts, averaged over random orders of their pools. Best-of-n for all is the exact
 expectation over subsets. `saved` is the share of its tokens that the rule does without at the golden reward it reaches, both averaged over seeds
 (first n that reaches it, between two n in proportion; where no n does, the largest, so that saved is too low); `more` the golden
@@ -12,14 +13,15 @@ reward that it adds at equal tokens. Intervals are bootstrapped over seeds with 
 import argparse
 import fnmatch
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from irlign.arena.cell import golden_of
-from irlign.arena.methods import CHOSEN
+from irlign.arena.cell import Cell, Place, golden_of
+from irlign.arena.methods import CHOSEN, METHODS
 from irlign.config import parse_seeds
 from irlign.files import read_table
 from irlign.optimise.adaptive import answers_taken, cost_of, expected_gains, laws_of
@@ -32,11 +34,23 @@ from irlign.sampling.pools import stored_samples
 from irlign.statistics import best_of_n_weights
 
 BUDGETS, ORDERS, RESAMPLES = (2, 4, 8), 16, 2000
+SMALL = {"world.name": "dialogue", "as": "quick", "pretrain.hidden_size": 48, "pretrain.num_train_epochs": 1, "reward.num_train_epochs": 1}
+Scales = list[list[float]]
 
 
-def selecting_reward(run: Run, name: str, prompt_ids: Sequence[str], dev: np.ndarray, finished: np.ndarray) -> np.ndarray:
+def quick_cell(root: Path) -> Path:
+    """A small cell of the arena, with what CHOSEN needs; the root."""
+    recipe = Place(str(root), tuple(SMALL.items()), 0, quick=True).recipe()
+    with Run.open(recipe.output_dir, recipe) as run:
+        METHODS[CHOSEN](Cell(recipe, run))
+    return root
+
+
+def selecting_reward(
+    run: Run, name: str, prompt_ids: Sequence[str], dev: np.ndarray, finished: np.ndarray
+) -> tuple[np.ndarray, Scales | None]:
     """A reward of the cell's pool from its stored scores; CHOSEN: the one that `irlign run` selects by, decided by the judge on dev. Shape
-    [rows]."""
+    [rows]; and the scales by which the learned reward is held to the likelihood, None where it is not."""
 
     def stored(name: str, *keys: str) -> list[np.ndarray]:
         rows = read_table(run.path(f"scores/{name}.parquet"))
@@ -44,13 +58,15 @@ def selecting_reward(run: Run, name: str, prompt_ids: Sequence[str], dev: np.nda
 
     nats, tokens = stored("likelihoods", "sft", "tokens")
     if name != CHOSEN:
-        return nats / tokens if name == "likelihood" else stored(name, "score")[0]
+        return nats / tokens if name == "likelihood" else stored(name, "score")[0], None
     (learned,), (judged,) = stored("init-sft", "score"), stored("judge", "score")
     known = [p if own else None for p, own in zip(prompt_ids, dev, strict=True)]
-    rewards = {"held": held_to_likelihood(learned, nats / tokens, known, 1.0)[0], "alone": nats / tokens}
+    held, scales = held_to_likelihood(learned, nats / tokens, known, 1.0)
+    rewards = {"held": held, "alone": nats / tokens}
     ids = [p for p in known if p is not None]
     likely = mean_logprobs(stored_samples(run, "sft", "dev"))
-    return rewards[choose({of: judged_curve(ids, values[dev], judged[dev], finished[dev], likely) for of, values in rewards.items()})[0]]
+    chosen = choose({of: judged_curve(ids, values[dev], judged[dev], finished[dev], likely) for of, values in rewards.items()})[0]
+    return rewards[chosen], scales if chosen == "held" else None
 
 
 def measure(folder: Path, name: str = CHOSEN) -> np.ndarray:
@@ -60,7 +76,7 @@ def measure(folder: Path, name: str = CHOSEN) -> np.ndarray:
     pool = stored_samples(run, "sft", "dev", "test")
     ids, finished = [s.prompt.prompt_id for s in pool], np.array([s.finished for s in pool])
     dev = np.array([s.prompt.split == "dev" for s in pool])
-    reward, size = selecting_reward(run, name, ids, dev, finished), ids.count(ids[0])
+    (reward, _), size = selecting_reward(run, name, ids, dev, finished), ids.count(ids[0])
     worth = reward - np.ptp(reward[dev]) * ~finished  # as in `stop_early`
     golden = np.zeros(len(pool))
     test = [s for s in pool if s.prompt.split == "test"]
@@ -125,19 +141,30 @@ def summarise(settings: Mapping[str, Sequence[np.ndarray]], seed: int = 0) -> li
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cells", type=Path, help="a folder of finished cells, SETTING/seed-K")
+    parser.add_argument("cells", type=Path, nargs="?", help="a folder of finished cells, SETTING/seed-K")
+    parser.add_argument("--quick", action="store_true", help="one small cell, made for it, under a minute")
     parser.add_argument("--seeds", default="0..9", help="0..9, or 0,3,5")
     parser.add_argument("--only", default="*", help="settings by name, such as 'arithmetic*'")
     parser.add_argument("--reward", default=CHOSEN, help="the one that `irlign run` selects by, or likelihood, init-sft, init-demo, ...")
     parser.add_argument("--json", type=Path, help="write the rows here")
     given = parser.parse_args(arguments)
+    if (given.cells is None) != given.quick:
+        parser.error("give a folder of finished cells, or --quick")
+    if given.quick:
+        with tempfile.TemporaryDirectory() as place:
+            return report(quick_cell(Path(place)), given, parser)
+    return report(given.cells, given, parser)
+
+
+def report(cells: Path, given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The table over these cells, printed and written."""
     settings: dict[str, list[np.ndarray]] = {}
-    for setting in sorted(path.name for path in given.cells.iterdir() if fnmatch.fnmatch(path.name, given.only)):
-        folders = [given.cells / setting / f"seed-{seed}" for seed in parse_seeds(given.seeds)]
+    for setting in sorted(path.name for path in cells.iterdir() if fnmatch.fnmatch(path.name, given.only)):
+        folders = [cells / setting / f"seed-{seed}" for seed in parse_seeds(given.seeds)]
         if found := [measure(folder, given.reward) for folder in folders if (folder / "scores/judge.parquet").is_file()]:
             settings[setting] = found
     if not settings:
-        parser.error(f"no finished cell of these seeds below {given.cells}")
+        parser.error(f"no finished cell of these seeds below {cells}")
     rows = []
     for name, of in {**{name: {name: cells} for name, cells in settings.items()}, "all": settings}.items():
         for row in summarise(of):

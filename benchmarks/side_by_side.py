@@ -15,6 +15,7 @@ from sampling import HAZARD, NEW, PAD, SHAPES
 from transformers import set_seed
 
 Text = tuple[str, str]
+LENGTHS = "realistic"  # the law of `texts`, as sampling.py calls it
 
 
 def random_model(shape: str, kind: Any, **config: Any) -> Any:
@@ -67,12 +68,13 @@ def in_turn(
 
 
 def rows_of(seconds: Mapping[str, Sequence[float]], base: str, tokens: int, **about: Any) -> list[dict[str, Any]]:
-    """A row for each engine: median tokens a second, and how many times as fast as `base` in the same repeat."""
+    """A row for each engine, of texts with the law LENGTHS: median tokens a second, and how many times as fast as `base` in the same repeat."""
     rows = []
     for name, own in seconds.items():
         ratios = [b / s for b, s in zip(seconds[base], own, strict=True)]
         speed, ratio = tokens / statistics.median(own), statistics.median(ratios)
-        rows.append({**about, "engine": name, "tokens_per_s": speed, "ratio": ratio, "spread": [min(ratios), max(ratios)]})
+        row = {**about, "engine": name, "lengths": LENGTHS, "tokens_per_s": speed, "ratio": ratio}
+        rows.append({**row, "spread": [min(ratios), max(ratios)]})
     return rows
 
 

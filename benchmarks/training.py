@@ -36,13 +36,15 @@ BATCH, RATE = 8, 1e-4
 SAME: dict[str, Any] = {"per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": RATE}
 CHEAP: dict[str, Any] = {"gradient_checkpointing": False}
 GROUPED: dict[str, Any] = {**CHEAP, "train_sampling_strategy": "group_by_length"}
+PACKED: dict[str, Any] = {**CHEAP, "packing": True, "packing_strategy": "wrapped", "max_length": 256}
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "no checkpointing, float32": {**CHEAP, "bf16": False},
     "no checkpointing, bf16": CHEAP,
     "by length, float32": {**GROUPED, "bf16": False},
     "by length, bf16": GROUPED,
-    "packing (wrapped), float32": {**CHEAP, "bf16": False, "packing": True, "packing_strategy": "wrapped", "max_length": 256},
+    "packing (wrapped), float32": {**PACKED, "bf16": False},
+    "packing (wrapped), bf16": PACKED,
 }
 
 

@@ -168,6 +168,49 @@ def test_an_endpoint_takes_no_time_here_and_has_a_price():
     assert next(line for line in text.splitlines() if line.startswith("sample ")).split()[1:3] == short(tokens).split()
 
 
+@pytest.fixture
+def cpu(monkeypatch):
+    monkeypatch.setattr("irlign.plan.has_cuda", lambda: False)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    return monkeypatch
+
+
+def test_vllm_and_a_cluster_are_costed_as_what_draws_there(cpu):
+    """Prompts read once a prompt: 36 of each policy. In memory two processes, weights once, 512 rows of 5 + 128 tokens and their logits."""
+    large = replace(SHAPE, laid_out=400)
+    own, vllm, several = (
+        _stages(*keys, shape=large)["sample"]
+        for keys in ([], ["sampling.engine=vllm"], ["sampling.engine=cluster", "sampling.cluster.engine=vllm"])
+    )
+    assert vllm == several and (vllm.generated, vllm.read, vllm.flops) == (own.generated, 2 * 36 * 5, own.flops)
+    assert vllm.seconds == pytest.approx(own.flops / (1e6 * costs.SAMPLING))  # float32 on a CPU, where ours takes what pays
+    assert vllm.memory == 2 * costs.PROCESS + 1000 * 4 + 2 * 512 * 133 * 10 * 4 + 512 * 12 * 20
+    assert own.memory == costs.PROCESS + 1400 * 2 + 2 * 512 * 133 * 10 * 2 + 512 * 12 * 20
+    endpoint = _stages("sampling.engine=cluster", "sampling.cluster.engine=openai")["sample"]
+    assert (endpoint.seconds, endpoint.read) == (None, 320 * 5)
+    text = plan(None, ["sampling.engine=vllm", "world=dialogue"], flops=1e12)
+    assert "endpoint" not in text and "-" not in next(line for line in text.splitlines() if line.startswith("sample ")).split()[5:]
+
+
+def test_what_vllm_reserves_is_in_memory_where_it_is_known(cpu):
+    def memory(*args):
+        return _stages("sampling.engine=vllm", "sampling.dtype=bfloat16", f"sampling.vllm.args={{{', '.join(args)}}}")["sample"].memory
+
+    rest = 2 * costs.PROCESS + 1000 * 2
+    assert memory("max_num_batched_tokens: 8") == rest + 2 * 8 * 133 * 10 * 2 + 8 * 12 * 20
+    assert memory("kv_cache_memory_bytes: 5000") == rest + 5000 + 512 * 12 * 20
+    cpu.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert memory("kv_cache_memory_bytes: 5000") == rest + 2 * 1024**3 + 512 * 12 * 20
+
+
+def test_bon_holds_its_candidates():
+    """208 of them: 26 prompts with 8 answers; 20 prompts more on dev are 160 more, at 1.2 KiB each."""
+    more = replace(SIZES, prompts={**SIZES.prompts, "dev": 40})
+    few, many = (stages(load_recipe(Recipe, None, GIVEN), of, SHAPE, SHAPE, Speed(1e6, 4e6))[4] for of in (SIZES, more))
+    assert few.memory == pytest.approx(costs.PROCESS + SHAPE.scoring_memory(2048, True) + 208 * 1228.8)
+    assert many.memory - few.memory == pytest.approx(160 * 1228.8)
+
+
 def test_the_quickstart_in_a_moment_and_without_torch():
     code = (
         "import sys, time\nfrom irlign.cli import main\n"

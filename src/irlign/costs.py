@@ -18,6 +18,7 @@ LOGITS = 3 * 4  # bytes of one logit: itself, its float32 copy or weight, its gr
 PROCESS = 700 << 20  # bytes of a process with the libraries loaded (quickstart's stages hold 670 to 740 MiB with models of 1.6 MB)
 POOL_TOKEN = 2  # bytes of a drawn token in a pool (0.87 MB for 453,000 tokens in the quickstart)
 CANDIDATE_TOKEN = 3  # the same in candidates.parquet, scores included (0.38 MB for 141,000)
+CANDIDATE = 1.2 * (1 << 10)  # bytes of a candidate that `bon` holds, of a few words (benchmarks/flat_memory.py: 107 MiB for 90,000 more)
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Shape:
         weights = self.parameters * (4 if adapter else OPTIMIZED)
         return weights + rows * length * (SAVED * self.layers * self.hidden + (LOGITS * self.vocabulary if head else 0))
 
-    def sampling_memory(self, rows: int, length: float, size: int) -> float:
-        """Bytes while so many answers are drawn side by side: weights, keys and values, one step's logits."""
-        return (self.parameters + self.laid_out) * size + self.cache(rows * length, size) + rows * LOGITS * self.vocabulary
+    def sampling_memory(self, rows: int, length: float, size: int, reserved: float | None = None) -> float:
+        """Bytes while so many answers are drawn side by side: weights, keys and values (or what is `reserved` for them), one step's logits."""
+        kept = self.cache(rows * length, size) if reserved is None else reserved
+        return (self.parameters + self.laid_out) * size + kept + rows * LOGITS * self.vocabulary
 
     def scoring_memory(self, tokens: int, head: bool) -> float:
         """Bytes while a batch of so many tokens is read in float32."""

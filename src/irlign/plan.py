@@ -4,12 +4,26 @@ Assumed: every policy answers as long as the demonstrations do, up to `sampling.
 that is a model, statistics and report (seconds), and that a world's pi_0 may come from the cache.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from irlign.costs import CANDIDATE_TOKEN, POOL_TOKEN, PROCESS, SAMPLING, SCORING, TRAINING, Shape, Speed, member_share, pairs, steps
+from irlign.costs import (
+    CANDIDATE,
+    CANDIDATE_TOKEN,
+    POOL_TOKEN,
+    PROCESS,
+    SAMPLING,
+    SCORING,
+    TRAINING,
+    Shape,
+    Speed,
+    member_share,
+    pairs,
+    steps,
+)
 from irlign.errors import ConfigError
 from irlign.machine import has_cuda
 from irlign.optimise.ditto import BETWEEN, ONLINE, REPLAYED
@@ -23,6 +37,7 @@ from irlign.reward.contrasts import CONTRASTS, REFRESHED
 from irlign.sizes import Sizes, assumed_sizes, file_sizes, measured_speed, shape_of, world_sizes
 from irlign.training import TrainerSettings
 
+KEPT_GIB = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's variable: GiB that it reserves for keys and values on a CPU
 SCORING_TOKENS = 2048  # padded tokens of a batch that is scored on a CPU
 HEAD = ("stage", "generated", "trained", "read", "FLOPs", "time", "memory", "disk", "share")
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
@@ -88,14 +103,25 @@ def _sample(recipe: Recipe, sizes: Sizes, shape: Shape, speed: Speed) -> Stage:
     pools += [(p["train"] + p["dev"], train + p["dev"] * s.initial_generations)] * len(recipe.sft.kept)
     tokens = sum(answers for _, answers in pools) * answer
     stored = POOL_TOKEN * tokens
-    if s.here.engine != "transformers":
+    if s.here.engine == "openai":
         billed = sum(answers for _, answers in pools) * sizes.prompt  # one request an answer
         return Stage("sample", tokens, 0.0, billed, 0.0, None, PROCESS, stored)
     flops = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
-    fast = speed.full if s.dtype == "float32" else speed.half
-    size = 4 if s.dtype == "float32" or speed.half == speed.full else 2
-    memory = PROCESS + shape.sampling_memory(s.batch_size, sizes.prompt + s.max_new_tokens, size)
+    vllm = s.here.engine == "vllm"
+    full = s.dtype == "float32" or (s.dtype == "auto" and not has_cuda() if vllm else speed.half == speed.full)
+    size, longest, fast = 4 if full else 2, sizes.prompt + s.max_new_tokens, speed.full if full else speed.half
+    memory = PROCESS + (_vllm_memory(recipe, shape, longest, size) if vllm else shape.sampling_memory(s.batch_size, longest, size))
     return Stage("sample", tokens, 0.0, sum(n for n, _ in pools) * sizes.prompt, flops, flops / (fast * SAMPLING), memory, stored)
+
+
+def _vllm_memory(recipe: Recipe, shape: Shape, longest: float, size: int) -> float:
+    """Bytes of vLLM's own process, whose libraries are taken to be as large as ours. Its reservation for keys and values is known where it was
+    given in bytes; a share of the machine (`gpu_memory_utilization`, vLLM's default too) is not, and what the answers need stands in for it."""
+    s = recipe.sampling
+    args, space = s.vllm.args, os.environ.get(KEPT_GIB, "")
+    rows = min(args.get("max_num_seqs", s.batch_size), args.get("max_num_batched_tokens", s.batch_size))
+    reserved = int(space) << 30 if space.isdigit() and not has_cuda() else args.get("kv_cache_memory_bytes")  # on a CPU the variable wins
+    return PROCESS + replace(shape, laid_out=0).sampling_memory(rows, longest, size, reserved)
 
 
 def _pairs(recipe: Recipe, sizes: Sizes, split: str) -> float:
@@ -146,7 +172,7 @@ def _bon(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Spe
     flops = _networks(recipe) * backbone.read(pool, length, False) + likelihoods * shape.read(pool, length)
     flops += shape.read(judged, length, False)
     read = (pool * (_networks(recipe) + likelihoods) + judged) * length
-    memory = PROCESS + max(shape.scoring_memory(SCORING_TOKENS, True), backbone.scoring_memory(SCORING_TOKENS, False))
+    memory = PROCESS + max(shape.scoring_memory(SCORING_TOKENS, True), backbone.scoring_memory(SCORING_TOKENS, False)) + CANDIDATE * pool
     disk = CANDIDATE_TOKEN * pool * _answer(recipe, sizes)
     return Stage("bon", 0.0, 0.0, read, flops, flops / (speed.full * SCORING), memory, disk)
 
@@ -217,7 +243,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     read = (texts * (_networks(recipe) + likelihood) + weighed + judged * candidates) * length + sum(s.read for s in others)
     drawn = sum(shape.drawn(prompts, answers, sizes.prompt, answer) for prompts, answers in pools)
     again = _refreshed(recipe, sizes, backbone, speed)
-    # drawn here whatever the engine: no endpoint knows this policy
+    # drawn in process whatever the engine: no endpoint knows this policy
     seconds = sum(s.seconds or 0.0 for s in (trained, *others, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
     memory += shape.parameters * 4 * {"none": 0, "log-ratio": 2, "discriminator": 1}[o.on_policy.dense]  # what pays tokens

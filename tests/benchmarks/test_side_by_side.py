@@ -27,6 +27,7 @@ def test_engines_run_in_turn_and_ratios_are_within_a_repeat():
     plain, fast = bench.rows_of({"plain": [2.0, 4.0, 3.0], "fast": [1.0, 1.0, 1.0]}, "plain", 12, shape="s")
     assert (plain["tokens_per_s"], plain["ratio"], plain["spread"]) == (4, 1, [1, 1])
     assert (fast["tokens_per_s"], fast["ratio"], fast["spread"]) == (12, 3, [2, 4]) and fast["shape"] == "s"
+    assert plain["lengths"] == fast["lengths"] == "realistic"
 
 
 @pytest.mark.parametrize("kind", ["reward", "likelihood"])
@@ -38,6 +39,14 @@ def test_scoring_gives_every_engine_the_same_answers(kind):
     places = {row["engine"]: row["positions"] for row in rows}
     assert places["irlign, float32"] < 1 <= places["irlign, alone, float32"] < places["in order, batches of 8, float32"]
     assert scoring.same_winners(np.eye(2, 16).ravel(), np.roll(np.eye(2, 16), 1, 0).ravel()) == 0
+
+
+def test_trl_packs_in_both_precisions():
+    training = pytest.importorskip("training")
+    peers = training.engines("sft", "llama 0.9 M", False)
+    full, low = (peers[f"SFTTrainer, packing (wrapped), {name}"].keywords for name in ("float32", "bf16"))
+    assert full == {**low, "bf16": False} and low["packing"] and "bf16" not in low  # its own default
+    assert "RewardTrainer, packing (wrapped), bf16" not in training.engines("reward", "llama 0.9 M", False)
 
 
 def test_training_peers_move_the_weights_alike(tmp_path):
