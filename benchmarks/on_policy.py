@@ -47,7 +47,7 @@ def train(
     config = on_policy_config(method, OnPolicySettings(), SamplingSettings(max_new_tokens=NEW))
     settings = TrainerSettings(learning_rate=1e-5, num_train_epochs=1, per_device_train_batch_size=64, trainer={"bf16": False, **trainer})
     places: dict[str, Any] = {"folder": folder / "policy", "checkpoints": folder / "checkpoints"}
-    about: dict[str, Any] = {"chat_template": "none", "seed": seed, "report_to": "none", "reward": Words(), "length_penalty": 0.0}
+    about: dict[str, Any] = {"chat_template": "none", "seed": seed, "report_to": "none", "reward": Words, "length_penalty": 0.0}
     shutil.rmtree(folder, ignore_errors=True)
     return train_on_policy(start, asked, [], settings, config=config, **places, **about)["drawn"]
 
