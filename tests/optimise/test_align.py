@@ -12,7 +12,7 @@ from small import small_recipe
 from irlign.config import load_recipe
 from irlign.errors import ConfigError
 from irlign.files import hash_path, read_table
-from irlign.optimise import align, methods
+from irlign.optimise import align, methods, safety_net
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
@@ -84,6 +84,20 @@ def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
     assert not any("turns down" in alarm["name"] and "aligned" in alarm["name"] for alarm in results["alarms"])
     html = (copied / "report.html").read_text()
     assert "<th>aligned</th>" not in html and "<h4>Aligned</h4>" not in html and "SFT is published" in html
+
+
+def test_an_alarm_that_keeps_sft_stands_at_the_top(copied, judge, monkeypatch):
+    """Judged better, and longer than is allowed, where nothing is: the report says which policy is not published and why."""
+    monkeypatch.setattr(safety_net, "LONGER", 0.0)
+    judge(50.0)
+    results = run(small_recipe(copied))
+    choice = _choice(copied)
+    (alarm,) = choice["candidates"]["round-1"]["alarms"]
+    assert choice["published"] == "sft" and choice["candidates"]["round-1"]["gain"]["low"] > 0
+    (found,) = [a for a in results["alarms"] if a["name"] == alarm["name"]]
+    assert found["seen"] == f"round 1, which is not published though judged better than SFT: {alarm['seen']}" and found["do"] == alarm["do"]
+    top = (copied / "report.html").read_text().split('<div class="tiles">')[0]
+    assert "the aligned policy&#39;s answers have grown" in top
 
 
 def test_none_leaves_the_stage_out_and_takes_back_what_it_published(copied, judge):
