@@ -16,6 +16,7 @@ from irlign.optimise import align, methods, safety_net
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
+from irlign.records import Demonstration, Prompt, Sample
 
 WEIGHTS = "model.safetensors"
 
@@ -179,6 +180,17 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
     if method == "spin":  # the second round mixes in the answers that the first learned from
         assert training["rows"] > choice["candidates"]["round-1"]["training"]["rows"]
     assert f"Trained by `{method}`" in (copied / "policies/aligned/README.md").read_text()
+
+
+def test_spin_learns_from_the_last_two_policies_and_no_more(monkeypatch):
+    """Round 3 from the answers of the policies that rounds 3 and 2 start from, those of rounds 2 and 1, and no longer from pi_SFT's."""
+    prompt = Prompt.of("ask", "train")
+    before = {1: "of pi_SFT", 2: "of round 1", 3: "of round 2"}  # the policy before a round, by the round
+    monkeypatch.setattr(methods, "own_answers", lambda work, number: [Sample(prompt, 0, before[number], "eos", 3, -1.0)])
+    monkeypatch.setattr(methods, "demonstrated", lambda work, number: [Demonstration(prompt, "shown")])
+    found = [methods.METHODS["spin"].rows(None, number) for number in (1, 2, 3)]
+    assert [[pair.worse for pair in pairs] for pairs in found] == [["of pi_SFT"], ["of round 1", "of pi_SFT"], ["of round 2", "of round 1"]]
+    assert {pair.better for pairs in found for pair in pairs} == {"shown"}
 
 
 def test_spin_goes_on_from_the_round_before(tmp_path):
