@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small import small_recipe
@@ -18,6 +19,7 @@ from tiny import make_tiny_encoder, make_tiny_policy
 import irlign
 from irlign.data.pairs import PAIR
 from irlign.files import read_json, read_table, write_json
+from irlign.optimise import align
 from irlign.policy.load import load_policy
 from irlign.reward.model import Classifier
 from irlign.sampling.vllm_engine import PYTHON
@@ -32,9 +34,12 @@ PROMPTS, ANSWERS = ["the cat", "a red dog", "The bird sang and", "home"], [" sat
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run whose policies and reward were trained as LoRA adapters."""
+    """A run whose policies and reward were trained as LoRA adapters, the aligned one published: the judge of candidates is a stand-in that likes it."""
     root = tmp_path_factory.mktemp("interop") / "run"
-    irlign.run(small_recipe(root, pretrain=WIDE, sft=ADAPTER, reward=ADAPTER, optimise=ADAPTER))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), 50.0), None, 0.9))
+        irlign.run(small_recipe(root, pretrain=WIDE, sft=ADAPTER, reward=ADAPTER, optimise=ADAPTER))
+    assert read_json(root / "optimise/choice.json")["published"] == "round-1"
     return root
 
 
@@ -54,8 +59,7 @@ def test_policies_in_transformers(finished):
         "init" if side == "initial" else side: of
         for side, of in read_json(finished / "manifest.json")["stages"]["sft"]["notes"]["dev_nll"].items()
     }
-    aligned = choice["candidates"].get(choice["published"], {}).get("training")
-    losses["aligned"] = aligned["dev_nll"]["aligned"] if aligned else losses["sft"]
+    losses["aligned"] = choice["candidates"][choice["published"]]["training"]["dev_nll"]["aligned"]
     for name, expected in losses.items():
         folder, total, tokens = finished / "policies" / name, 0.0, 0
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -70,7 +74,7 @@ def test_policies_in_transformers(finished):
                 logprobs_T_V = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             total, tokens = total - float(logprobs_T_V[range(start - 1, len(ids) - 1), ids[start:]].sum()), tokens + len(ids) - start
         assert total / tokens == pytest.approx(expected, abs=1e-4)
-    assert losses["init"] != pytest.approx(losses["sft"], abs=1e-3)
+    assert len({round(loss, 3) for loss in losses.values()}) == 3  # three policies, and none of them another under its name
 
 
 def test_adapters_over_a_published_policy(finished, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from irlign.config import load_recipe
@@ -46,7 +47,12 @@ def test_hh_goes_through(shared, tmp_path, subset):
     config = RECIPES / f"hh_{subset}.yaml"
     text, problem = validate(config, [*given, f"output_dir={tmp_path}/none"])
     assert problem is None and "stand in for expert demonstrations" in text and "too long, dropped" in text and "Assistant:[[" in text
-    results = run(config, [*given, *SHORT, "data.max_rows=40", f"output_dir={tmp_path}/run"])
+    judged = ["data.max_rows=40", "data.dev_prompts=20", "data.test_prompts=4"]  # with fewer dev prompts no policy is trained
+    judged += ["sampling.stop=['\\n\\nHuman:', e]"]  # and from answers that are cut none
+    small = [f"{stage}.per_device_train_batch_size=4" for stage in ("sft", "reward", "optimise")]
+    results = run(config, [*given, *SHORT, *judged, *small, f"output_dir={tmp_path}/run"])
+    trained = results["optimise"]["candidates"]["round-1"]["training"]
+    assert trained["steps"] == 3 and trained["rows"] > 0 and np.isfinite(trained["losses"]).all()
     assert results["golden"] is None and "`chosen` answers" in results["run"]["notes"][0]
     assert "stand in for expert demonstrations" in (tmp_path / "run/report.html").read_text()
     candidates = (tmp_path / "run/best_of_n/selected.jsonl").read_text().splitlines()

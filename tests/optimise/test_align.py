@@ -12,10 +12,11 @@ from small import small_recipe
 from irlign.config import load_recipe
 from irlign.errors import ConfigError
 from irlign.files import hash_path, read_table
-from irlign.optimise import align, methods
+from irlign.optimise import align, methods, safety_net
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
+from irlign.records import Demonstration, Prompt, Sample
 
 WEIGHTS = "model.safetensors"
 
@@ -104,6 +105,20 @@ def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copi
     assert results["golden"]["aligned"]["prompts"] == 8 and "round 1 at 50% is published" in (copied / "report.html").read_text()
 
 
+def test_an_alarm_that_keeps_sft_stands_at_the_top(copied, judge, monkeypatch):
+    """Judged better, and longer than is allowed, where nothing is: the report says which policy is not published and why."""
+    monkeypatch.setattr(safety_net, "LONGER", 0.0)
+    judge(50.0)
+    results = run(small_recipe(copied))
+    choice = _choice(copied)
+    (alarm,) = choice["candidates"]["round-1"]["alarms"]
+    assert choice["published"] == "sft" and choice["candidates"]["round-1"]["gain"]["low"] > 0
+    (found,) = [a for a in results["alarms"] if a["name"] == alarm["name"]]
+    assert found["seen"] == f"round 1, which is not published though judged better than SFT: {alarm['seen']}" and found["do"] == alarm["do"]
+    top = (copied / "report.html").read_text().split('<div class="tiles">')[0]
+    assert "the aligned policy&#39;s answers have grown" in top
+
+
 def test_none_leaves_the_stage_out_and_takes_back_what_it_published(copied, judge):
     judge(50.0)
     run_stage("optimise", small_recipe(copied))
@@ -184,6 +199,17 @@ def test_a_method_of_trl_makes_its_candidates(copied, judge, monkeypatch, method
     if method == "spin":  # the second round mixes in the answers that the first learned from
         assert training["rows"] > choice["candidates"]["round-1"]["training"]["rows"]
     assert f"Trained by `{method}`" in (copied / "policies/aligned/README.md").read_text()
+
+
+def test_spin_learns_from_the_last_two_policies_and_no_more(monkeypatch):
+    """Round 3 from the answers of the policies that rounds 3 and 2 start from, those of rounds 2 and 1, and no longer from pi_SFT's."""
+    prompt = Prompt.of("ask", "train")
+    before = {1: "of pi_SFT", 2: "of round 1", 3: "of round 2"}  # the policy before a round, by the round
+    monkeypatch.setattr(methods, "own_answers", lambda work, number: [Sample(prompt, 0, before[number], "eos", 3, -1.0)])
+    monkeypatch.setattr(methods, "demonstrated", lambda work, number: [Demonstration(prompt, "shown")])
+    found = [methods.METHODS["spin"].rows(None, number) for number in (1, 2, 3)]
+    assert [[pair.worse for pair in pairs] for pairs in found] == [["of pi_SFT"], ["of round 1", "of pi_SFT"], ["of round 2", "of round 1"]]
+    assert {pair.better for pairs in found for pair in pairs} == {"shown"}
 
 
 def test_spin_goes_on_from_the_round_before(tmp_path):

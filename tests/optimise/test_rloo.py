@@ -88,6 +88,26 @@ def test_the_reward_sees_the_text_after_its_prompt_and_the_ending():
     assert lengths[0] > 0 and found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("objective", "paid"),
+    [
+        # h = 2 and 0 cats of pi_SFT's answers, 1 and 4 of those that are paid
+        ("reverse-kl", [2.0, 0.0, 1.0, 4.0]),
+        ("gail", [math.log(1 + math.e**2), math.log(2), math.log(1 + math.e), math.log(1 + math.e**4)]),
+        ("fairl", [-2 * math.e**2, 0.0, -math.e, -3 * math.e**3]),  # h above 3 is taken for 3
+    ],
+)
+def test_what_the_objective_makes_of_the_reward_is_standardised(objective, paid):
+    """Over what the objective, and not the reward, makes of pi_SFT's two answers: their mean, and half their distance as deviation."""
+    form = Format(make_tiny_tokenizer(), "none")
+    samples = [Sample(PROMPTS[0], 0, " cat cat.", "eos", 4, -1.0), Sample(PROMPTS[1], 0, " dog.", "eos", 2, -1.0)]
+    score = reward_function(Cats(), form, samples, Drawing(SamplingSettings(), form, {2}, 0, 64, ours=True).used, 0.0, objective, 0.5)
+    ids = [form.completion_ids("the dog", text) for text in (" cat.", " cat cat cat cat.")]
+    own, other, *answers = paid
+    center, scale = (own + other) / 2, abs(own - other) / 2
+    assert score(completion_ids=ids, index=[0, 1]) == pytest.approx([0.5 * (value - center) / scale for value in answers])
+
+
 def test_what_trl_cannot_do_is_said_before_any_compute(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"under TRL 1\.16 alone"):
         patch.setattr(rloo, "known_trl", lambda: False)

@@ -182,6 +182,8 @@ def test_a_kill_inside_a_round_changes_nothing(finished, tmp_path, judge, monkey
         ({"method": "spin", "rounds": 2, "refresh": "current-demo"}, "spin asks no reward"),
         ({"refresh": "current-demo"}, "optimise.rounds of 2 or more"),
         ({"method": "grpo", "on_policy": {"objective": "gail"}}, "best_of_n.likelihood=0"),
+        ({"method": "rlsr", "on_policy": {"objective": "gail"}}, "rlsr pays the cosine to the demonstration as it is"),
+        ({"method": "gad", "on_policy": {"objective": "fairl"}}, "gad pays what its discriminator says as it is"),
     ],
 )
 def test_what_makes_no_sense_is_said(tmp_path, changes, said):

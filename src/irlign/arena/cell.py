@@ -23,7 +23,7 @@ from irlign.optimise.label_free import JUDGE, Curve, judged_curve
 from irlign.recipe import Recipe, as_recipe
 from irlign.records import Demonstration, Preference, Prompt, Sample, mean_logprobs
 from irlign.reward.contrasts import answers_of, contrast_pairs
-from irlign.reward.learn import train_reward_of
+from irlign.reward.learn import train_reward_of, trained_tokens
 from irlign.reward.load import load_reward
 from irlign.reward.log_ratio import LogRatio
 from irlign.reward.train import RewardSettings
@@ -40,6 +40,7 @@ QUICK: dict[str, Any] = {  # over it, for a look at whether everything runs
     "world": {"corpus_lines": 3000, "demonstrations": 100, "dev_prompts": 30, "test_prompts": 40},
     "sampling": {"num_generations": 8, "train_generations": 2},
 }
+BOTH = ("init", "sft")  # the policies that have pools
 Setting = Mapping[str, Any]  # dotted recipe keys and their values, such as {"world.heterogeneity": 0}; "as" is a name for the whole
 
 
@@ -102,11 +103,6 @@ def golden_of(recipe: Recipe) -> Golden:
     return recipe.world.golden
 
 
-def _tokens(training: Any) -> int:
-    """Tokens that a reward was trained on, from its log, or the logs of its members."""
-    return sum(map(_tokens, training)) if isinstance(training, list) else (training or {}).get("tokens", 0)
-
-
 def _at(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         values = values[part]
@@ -165,7 +161,7 @@ class Cell:
             places: dict[str, Any] = {"folder": target, "checkpoints": folder / "checkpoints", "seed": self.run.seed + 1009 * member}
             log = train_reward_of(settings, self.run.path("policies", settings.backbone), train, dev, **places, **options)
             self._write_scores(folder, name, load_reward(target).score(*self.texts))
-            return {"pairs": sum(map(len, train.values())), "tokens": _tokens(log.get("training"))}
+            return {"pairs": sum(map(len, train.values())), "tokens": trained_tokens(log.get("training"))}
 
         return self._scores(
             name, build, {"reward": settings, "noise": noise, "member": member}, [f"rewards/{name}", f"scores/{name}.parquet"]
@@ -292,6 +288,6 @@ class Cell:
         """The most memory that a process held by the end of the named stages, in MiB."""
         return float(max((self.run.stages[stage]["peak_memory_mib"] or 0 for stage in stages), default=0))
 
-    def tokens(self, split: str) -> int:
-        """Tokens drawn for the pools of both policies on the prompts of a split."""
-        return sum(sample.tokens for policy in ("init", "sft") for sample in self.samples(policy, split))
+    def tokens(self, split: str, policies: Sequence[str] = BOTH) -> int:
+        """Tokens drawn for the pools of these policies on the prompts of a split."""
+        return sum(sample.tokens for policy in policies for sample in self.samples(policy, split))

@@ -115,7 +115,7 @@ def _measured(cell: Cell, pick: Pick, n: Sequence[int], golden: np.ndarray, samp
     curve = np.array([[value(rows[p], k) for k in points] for p in prompts])
     drawn = np.mean([s.tokens for s in samples]) * pick.n * len(prompts)
     judged = pick.scores is not None or pick.kept is not None
-    tokens = drawn + pick.drawn + (cell.tokens("dev") if judged else 0) + (cell.tokens("train") if pick.trained else 0)
+    tokens = drawn + pick.drawn + (cell.tokens("dev") if judged else 0) + cell.tokens("train", pick.read)
     cost = tokens, cell.seconds(pick.stages), cell.memory(pick.stages)
     ranks = [] if scores is None else [statistics.spearman(scores[of], golden[of]) for of in rows.values()]
     known = [rank for rank in ranks if rank is not None]

@@ -4,14 +4,14 @@ A pick names a stored pool and, for Best-of-n, the scores that select from it an
 The leaderboard measures it afterwards, at that n and along the whole curve.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from irlign.arena.cell import Cell
+from irlign.arena.cell import BOTH, Cell
 from irlign.optimise.label_free import choose
 from irlign.optimise.preference import dpo_config, train_dpo
 from irlign.optimise.settings import OptimiseSettings
@@ -31,7 +31,7 @@ DPO = {"method": "dpo", "learning_rate": 1e-4, "num_train_epochs": 1}
 @dataclass(frozen=True)
 class Pick:
     """The best of `n` answers of a stored pool by `scores` (None: any one answer). `what` says what it is, `stages` what was
-    computed for it, `trained` whether a reward was trained on the pools of train prompts. Of a policy method also: the tokens that it drew
+    computed for it, `read` the policies whose stored answers to the train prompts it was made from. Of a policy method also: the tokens that it drew
     for itself, those that were trained on in all, and whether its safety net `kept` pi_SFT."""
 
     pool: str
@@ -39,7 +39,7 @@ class Pick:
     scores: np.ndarray | None = None
     n: int = 1
     stages: tuple[str, ...] = ()
-    trained: bool = False
+    read: Sequence[str] = ()
     drawn: int = 0
     learned: int | None = None
     kept: bool | None = None
@@ -72,7 +72,7 @@ def dpo_on_labels(noise: float) -> Method:
         train = partial(train_dpo, cell.run.path("policies/sft"), pairs, cell.demonstrations("dev"), settings, config=config)
         stages = ("sft", "sample", f"policy-dpo-{noise}")
         name = cell.tuned(f"dpo-{noise}", train, {"dpo": settings, "noise": noise})
-        return Pick(name, "labelled", stages=stages, trained=True, learned=cell.trained(("sft", stages[-1])))
+        return Pick(name, "labelled", stages=stages, read=BOTH, learned=cell.trained(("sft", stages[-1])))
 
     return method
 
@@ -91,7 +91,9 @@ def judged_best(candidates: Mapping[str, Scores], what: str, *stages: str) -> Me
         name, n = choose({name: cell.judged_curve(of) for name, of in values.items()})
         before = ("sft", "sample", "reward-judge")
         rewards = [stage if stage == LIKELIHOODS else f"reward-{stage}" for stage in stages]
-        return Pick("sft", what, values[name], n, (*before, *rewards), any(stage.startswith("reward-") for stage in rewards))
+        return Pick(
+            "sft", what, values[name], n, (*before, *rewards), BOTH if any(stage.startswith("reward-") for stage in rewards) else ()
+        )
 
     return method
 

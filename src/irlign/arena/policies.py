@@ -4,12 +4,12 @@ The stages are the pipeline's own, so a row is what `irlign run` ends with. The 
 of the row `irlign run`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irlign import pipeline
-from irlign.arena.cell import Cell
+from irlign.arena.cell import BOTH, Cell
 from irlign.arena.methods import LIKELIHOODS, Method, Pick
 from irlign.files import read_json
 from irlign.optimise.settings import OptimiseSettings
@@ -21,8 +21,10 @@ OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
 DISCRIMINATOR = {"learning_rate": 5e-4, "num_train_epochs": 2}
+REFRESHED = {"rounds": 2, "refresh": "current-demo"}
 # Over the defaults of `optimise`. distill's winners and passes were looked at on development seeds of two worlds, of the others the learning rate
-# on one seed of one world (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens.
+# on one seed of one world (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens. A row that names its `method` has the
+# settings of that method's row, and these over them.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "distill": {"answers": 32, "learning_rate": 1e-3, "num_train_epochs": 8},
     "weighted-sft": {"learning_rate": 3e-4, "num_train_epochs": 4},
@@ -33,19 +35,26 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gsil": {"rounds": 2, "learning_rate": 3e-5, "num_train_epochs": 2},
     "rloo": {**ON_POLICY, "learning_rate": 1e-3},
     "grpo": ON_POLICY,
-    "grpo-log-ratio": {**ON_POLICY, "method": "grpo", "on_policy": {"dense": "log-ratio"}},
-    "grpo-tokens": {**ON_POLICY, "method": "grpo", "on_policy": {"dense": "discriminator"}, "discriminator": DISCRIMINATOR},
+    "grpo-log-ratio": {"method": "grpo", "on_policy": {"dense": "log-ratio"}},
+    "grpo-tokens": {"method": "grpo", "on_policy": {"dense": "discriminator"}, "discriminator": DISCRIMINATOR},
     "rlsr": ON_POLICY,
     "gad": {**ON_POLICY, "discriminator": DISCRIMINATOR},
+    "distill-rounds": {"method": "distill", **REFRESHED},
+    "rloo-rounds": {"method": "rloo", **REFRESHED},
 }
+# of the model and of how candidates are weighed, whatever the method
+SHARED = {"use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "trainer", "generations"}
 
 
-def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe of a cell with this policy method, and of the log-ratios only the one that may select. What the recipe itself sets in
-    `optimise` holds for all methods, but for the number of rounds."""
-    own = recipe.optimise.model_dump(exclude_unset=True, exclude={"method", "rounds"})
-    nested = {key: {**SETTINGS[method][key], **own.get(key, {})} for key in ("on_policy", "discriminator") if key in SETTINGS[method]}
-    settings = OptimiseSettings.model_validate({"method": method, **SETTINGS[method], **own, **nested})
+def with_method(recipe: Recipe, row: str) -> Recipe:
+    """The recipe of a cell with the policy method of this row, and of the log-ratios only the one that may select. What the recipe itself sets in
+    `optimise` holds for the method that it names; for others only what is SHARED: a learning rate is one method's own."""
+    changes: Mapping[str, Any] = SETTINGS[row] if "method" in SETTINGS[row] else {"method": row}
+    named = changes["method"] == recipe.optimise.method
+    own = recipe.optimise.model_dump(exclude_unset=True, include=None if named else SHARED)
+    layers = SETTINGS[changes["method"]], own, changes
+    nested = {key: {k: v for layer in layers for k, v in layer.get(key, {}).items()} for key in ("on_policy", "discriminator")}
+    settings = OptimiseSettings.model_validate({k: v for layer in (*layers, nested) for k, v in layer.items()})
     return recipe.model_copy(update={"optimise": settings, "reward": recipe.reward.model_copy(update={"log_ratio": False})})
 
 
@@ -66,13 +75,21 @@ def aligned(method: str) -> Method:
             method,
             ALIGNED,
             stages=("sft", "sample", f"reward-{reward}", "bon", stage_of(method)),
-            trained=choice["reward"] is not None or recipe.optimise.on_policy.dense != "none",
+            read=read_for(recipe.optimise),
             drawn=sum(of["drawn"] for of in rounds),
             learned=None if before is None else before + sum(of["training"]["tokens"] for of in rounds if of["training"]),
             kept=choice["published"] == "sft",
         )
 
     return published
+
+
+def read_for(settings: OptimiseSettings) -> Sequence[str]:
+    """The policies whose stored answers to the train prompts have a part in it: both where a reward or a discriminator of tokens learned from
+    them, and pi_SFT's in all that learns from own answers or starts from them."""
+    if settings.rewarded or settings.on_policy.dense == "discriminator":
+        return BOTH
+    return () if settings.method == "weighted-sft" else ("sft",)
 
 
 def _publish_likelihood(cell: Cell) -> None:

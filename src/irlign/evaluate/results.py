@@ -205,8 +205,16 @@ def _aligned(optimised: Mapping[str, Any] | None, sft: Group, samples: Callable[
 
 
 def _kept_alarms(optimised: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """The alarms of the policy that was published."""
-    return optimised["candidates"].get(optimised["published"], {}).get("alarms", []) if optimised else []
+    """Where SFT was kept, the alarms of what the judge shows to be better: they are why it is not published. One without a gain needs no alarm."""
+    if optimised is None or optimised["published"] != "sft":
+        return []
+    better = {name: of for name, of in optimised["candidates"].items() if name != "sft" and of["gain"]["low"] > 0}
+    words = "{name}, which is not published though judged better than SFT: {seen}"
+    return [
+        {**alarm, "seen": words.format(name=name.replace("-", " "), seen=alarm["seen"])}
+        for name, of in better.items()
+        for alarm in of["alarms"]
+    ]
 
 
 def _controls(pool: Sequence[Sample], answers: Sequence[Demonstration]) -> dict[str, np.ndarray]:

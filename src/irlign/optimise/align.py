@@ -105,7 +105,7 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     options |= {"config": config} if (config := own_config(work.settings, work.sampling)) else {}
     options |= method.options(work, number)
     log = launch(work.processes, method.train, work.start(number, method.start), rows, shown, work.settings, **options)
-    write_json(place / "log.json", {**log, **new})
+    write_json(place / "log.json", {**log, **new, "tokens": log["tokens"] + new.get("reward", {}).get("tokens", 0)})
     return True
 
 

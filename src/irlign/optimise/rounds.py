@@ -18,7 +18,7 @@ from irlign.optimise.work import SEEDS_APART, Work, own_answers
 from irlign.progress import say
 from irlign.records import Sample
 from irlign.reward.contrasts import Answer, answers_of, contrast_pairs, guard_leak, leak_controls
-from irlign.reward.learn import train_reward_of
+from irlign.reward.learn import train_reward_of, trained_tokens
 from irlign.reward.load import score_all
 from irlign.reward.publish import LIKELIHOOD, held_to_likelihood, publish_held, publish_reward
 from irlign.sampling.pools import read_pool, stored_samples
@@ -68,7 +68,8 @@ def _train(work: Work, number: int, place: Path, version: str) -> dict[str, Any]
         _hold(work, number)
     told = f"{log['dev']['accuracy']:.0%} of unseen pairs told apart" if log["dev"] else "no unseen pairs"
     say(f"optimise: round {number}: reward {name} trained anew on {log['pairs']['train']} pairs, {told}")
-    return {"name": work.scorer(number).name, "pairs": log["pairs"], "dev": log["dev"], "controls": controls, "left_out": left_out}
+    found = {"name": work.scorer(number).name, "tokens": trained_tokens(log.get("training"))}
+    return {**found, "pairs": log["pairs"], "dev": log["dev"], "controls": controls, "left_out": left_out}
 
 
 def sides_of(work: Work, number: int, split: str) -> tuple[list[Answer], list[Answer]]:
@@ -105,11 +106,11 @@ def _hold(work: Work, number: int) -> None:
 
 
 def keep_rewards(work: Work, rounds: Sequence[int]) -> None:
-    """The refreshed rewards of these rounds below `optimise/rounds`, where they are published: what they name of the run, they then name
+    """The refreshed rewards of these rounds below `STAGE/rounds`, where they are published: what they name of the run, they then name
     relative to their own folder, so that the run can be moved."""
     root = json.dumps(str(work.run.root), ensure_ascii=False)[:-1] + "/"  # with its opening quote: only what is a whole path
     for number in rounds:
-        source, kept = work.scorer(number).parent, f"optimise/rounds/{number}/reward"
+        source, kept = work.scorer(number).parent, f"{work.stage}/rounds/{number}/reward"
         shutil.rmtree(work.folder / kept, ignore_errors=True)  # what a killed attempt may have left
         shutil.copytree(source, work.folder / kept)
         for file in (work.folder / kept).rglob("reward.json"):

@@ -12,6 +12,7 @@ from irlign.training import TrainerSettings
 
 REWARDED = ("distill", "dpo", "rloo", "grpo")  # the methods in which the reward has a part
 ON_POLICY = ("rloo", "grpo", "rlsr", "gad")  # those that draw answers as they learn
+UNSHAPED = {"rlsr": "the cosine to the demonstration", "gad": "what its discriminator says"}  # what pays, as it is
 ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
 ONE_ROUND = {  # why
     "weighted-sft": "a round learns from samples of the one before, and {} learns from demonstrations: leave optimise.rounds out",
@@ -33,7 +34,7 @@ class OnPolicySettings(Settings):
     )
     objective: Objective = Field(
         "reverse-kl",
-        description="what the reward h = logit P(better) pays: reverse-kl: h; gail: softplus(h); fairl: -h exp(h), clipped; the last two need a "
+        description="rloo, grpo: what the reward h = logit P(better) pays: reverse-kl: h; gail: softplus(h); fairl: -h exp(h), clipped; the last two need a "
         "reward that is a logit (best_of_n.likelihood=0)",
     )
     length_penalty: float = Field(
@@ -78,7 +79,10 @@ class OptimiseSettings(TrainerSettings):
     )
     replay: bool = Field(True, description="refresh: the answers of pi_0 and of all earlier rounds are on the worse side too")
     answers: int | None = Field(
-        None, ge=1, description="answers to each train prompt that a round learns from; null: sampling.train_generations, which are stored"
+        None,
+        ge=1,
+        description="distill, dpo, spin, ditto, kto, gsil: answers to each train prompt that a round learns from; null: "
+        "sampling.train_generations, which are stored",
     )
     winners: int = Field(1, ge=1, description="distill: so many of each train prompt's answers are learned, the best by the reward")
     generations: int = Field(4, ge=1, description="samples of each candidate for each dev and test prompt")
@@ -106,6 +110,10 @@ class OptimiseSettings(TrainerSettings):
                 )
         if self.on_policy.dense != "none" and self.method not in ("grpo", "none"):
             raise ValueError(f"{self.method} pays whole answers: on_policy.dense is for optimise.method=grpo, else leave it out")
+        if self.method in UNSHAPED and self.on_policy.objective != "reverse-kl":
+            raise ValueError(
+                f"{self.method} pays {UNSHAPED[self.method]} as it is: on_policy.objective is for rloo and grpo, else leave it out"
+            )
         if self.method == "kto" and self.per_device_train_batch_size == 1:
             raise ValueError("kto estimates its KL over the rows of a batch: per_device_train_batch_size must be 2 or more")
         return self

@@ -64,6 +64,11 @@ def train_reward_of(
     return {**about, **log}
 
 
+def trained_tokens(training: Any) -> int:
+    """Tokens that a reward was trained on, from `training` in its reward.json, its members' together; 0 where features were."""
+    return sum(map(trained_tokens, training)) if isinstance(training, list) else (training or {}).get("tokens", 0)
+
+
 def train_contrasts(
     settings: RewardSettings, backbone: Path | str, pairs: Pairs, dev: Pairs, *, folder: Path, checkpoints: Path, seed: int, **options: Any
 ) -> dict[str, Any]:
