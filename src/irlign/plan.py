@@ -246,6 +246,7 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     # drawn in process whatever the engine: no endpoint knows this policy
     seconds = sum(s.seconds or 0.0 for s in (trained, *others, *again)) + flops / (speed.full * SCORING) + drawn / (speed.half * SAMPLING)
     memory = trained.memory + (shape.parameters * 4 if o.method in BESIDES and not o.use_peft else 0)  # the reference
+    memory += shape.parameters * 4 * bool(o.kept)  # a copy for that moment
     memory += shape.parameters * 4 * {"none": 0, "log-ratio": 2, "discriminator": 1}[o.on_policy.dense]  # what pays tokens
     memory = max([memory, *(s.memory for s in again)])
     generated = sum(answers for _, answers in pools) * answer

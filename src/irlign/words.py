@@ -23,6 +23,7 @@ def optimised(choice: Mapping[str, Any] | None) -> str:
                 f"{of['distinct_answers']:.0%} of a prompt's answers differ (SFT: {base['distinct_answers']:.0%})."
             )
             words += [f"Alarm, {a['name']}: {a['seen']}." for a in of["alarms"]]
+            words += [f"In training {why}."] if (why := (of["training"] or {}).get("stopped")) else []
     return " ".join(words)
 
 

@@ -105,6 +105,15 @@ def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copi
     assert results["golden"]["aligned"]["prompts"] == 8 and "round 1 at 50% is published" in (copied / "report.html").read_text()
 
 
+def test_a_share_that_comes_to_the_last_step_or_to_another_is_no_candidate(copied, judge):
+    """Of two steps: after the first, which two shares come to, and at the end."""
+    judge(50.0, 90.0)
+    run_stage("optimise", small_recipe(copied, optimise={"keep_checkpoints": [0.3, 0.5, 0.9], "max_steps": 2}))
+    assert list(_choice(copied)["candidates"]) == ["sft", "round-1-at-30%", "round-1"]
+    with pytest.raises(ConfigError, match="the same in six digits"):
+        load_recipe(Recipe, small_recipe(copied, optimise={"keep_checkpoints": [0.3333333, 0.33333334]}))
+
+
 def test_an_alarm_that_keeps_sft_stands_at_the_top(copied, judge, monkeypatch):
     """Judged better, and longer than is allowed, where nothing is: the report says which policy is not published and why."""
     monkeypatch.setattr(safety_net, "LONGER", 0.0)

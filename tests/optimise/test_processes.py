@@ -1,23 +1,59 @@
 """Every policy method in two processes: the losses of one process with as many rows a step, or, where answers are drawn, a training that ends and
 counts what both have drawn."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small import small_recipe
+from tiny import make_tiny_policy
 
 from irlign.config import load_recipe
 from irlign.data.splits import stored_demonstrations
-from irlign.files import read_json
-from irlign.launch import ProcessSettings
-from irlign.optimise import methods
+from irlign.files import read_json, write_json
+from irlign.launch import ProcessSettings, launch
+from irlign.optimise import methods, rloo
 from irlign.optimise.align import improve
 from irlign.optimise.methods import METHODS
-from irlign.optimise.settings import ON_POLICY
+from irlign.optimise.rloo import on_policy_config, train_on_policy
+from irlign.optimise.settings import ON_POLICY, OnPolicySettings
 from irlign.optimise.work import Work
 from irlign.recipe import Recipe
+from irlign.records import Prompt, Sample
 from irlign.runs import Run
+from irlign.sampling.engine import SamplingSettings
+from irlign.training import TrainerSettings
+
+
+def drawn_in_a_process(start, place, *, checkpoints):
+    """Two steps of rloo on one prompt whose eight answers lie on two processes, drawn by TRL; each process writes down its own."""
+    prompt = Prompt.of("the red cat", "train")
+    seen = []
+    rloo.reward_function = lambda *a: lambda completion_ids, **_: seen.append(completion_ids) or [0.0] * len(completion_ids)
+    config = on_policy_config("rloo", OnPolicySettings(num_generations=8), SamplingSettings(max_new_tokens=12))
+    settings = TrainerSettings(max_steps=2, per_device_train_batch_size=4, trainer={"repetition_penalty": 1.0})
+    try:
+        return train_on_policy(
+            start, [Sample(prompt, 0, " sat.", "eos", 4, -1.0)], [], settings, config=config, reward=None, length_penalty=0.0, seed=0,
+            chat_template="none", report_to="none", folder=place / "aligned", checkpoints=checkpoints,
+        )  # fmt: skip
+    finally:
+        write_json(place / f"drawn-{os.environ['RANK']}.json", seen)
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_prompt_draw_unlike_answers_to_it(tmp_path, monkeypatch):
+    import test_processes
+
+    pytest.importorskip("trl")
+    start = make_tiny_policy(tmp_path / "start")
+    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    launch(ProcessSettings(num_processes=2), test_processes.drawn_in_a_process, start, tmp_path, checkpoints=tmp_path / "checkpoints")
+    first, second = (read_json(tmp_path / f"drawn-{rank}.json") for rank in range(2))
+    assert len(first) == len(second) == 2 and all(one != other for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.slow

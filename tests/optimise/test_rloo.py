@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from irlign import training
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError
 from irlign.optimise import rloo
-from irlign.optimise.drawing import Drawing
+from irlign.optimise.drawing import Drawing, Drawn
+from irlign.optimise.methods import own_config
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, passes, readable, reward_function, shaped, train_on_policy
+from irlign.optimise.settings import OptimiseSettings
 from irlign.policy.load import load_policy
 from irlign.records import Demonstration, Prompt, Sample
 from irlign.sampling.engine import SamplingSettings
@@ -246,5 +250,47 @@ def test_training_stops_where_answers_grow(tmp_path, policy):
     free, held = train("free", None), train("held", 2.0)
     assert free["steps"] == 60 and free["stopped"] is None and np.mean(free["logged"]["completions/mean_length"][-3:]) > 8
     lengths = held["logged"]["completions/mean_length"]
-    assert 3 <= held["steps"] < 60 and f"after {held['steps']} of 60 steps" in held["stopped"] and np.mean(lengths[-3:]) > 8
-    assert all(np.mean(lengths[k - 3 : k]) <= 8 for k in range(3, held["steps"]))
+    assert 8 <= held["steps"] < 60 and f"after {held['steps']} of 60 steps" in held["stopped"]  # two prompts a step, and 16 are asked for
+    assert np.mean(lengths[-8:]) > 8 and lengths == free["logged"]["completions/mean_length"][: len(lengths)]
+
+
+def test_a_training_that_is_killed_after_it_stopped_stops_there_again(tmp_path, policy, monkeypatch):
+    class Long(Cats):
+        def score(self, prompts, completions):
+            return np.array([float(len(text)) for text in completions])
+
+    config = on_policy_config("grpo", OnPolicySettings(num_generations=4, beta=0.0), SamplingSettings(max_new_tokens=12))
+    own = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    settings = TrainerSettings(learning_rate=3e-2, num_train_epochs=20, per_device_train_batch_size=8, trainer=own)
+    options = {"chat_template": "none", "seed": 0, "report_to": "none", "reward": Long, "length_penalty": 0.0, "config": config}
+
+    def train():
+        places = {"folder": tmp_path / "aligned", "checkpoints": tmp_path / "checkpoints"}
+        return train_on_policy(policy, SAMPLES, DEV, settings, longest=2.0, **options, **places)
+
+    first = train()
+    assert first["stopped"] and not (tmp_path / f"checkpoints/checkpoint-{first['steps']}").exists()
+    assert train() == first
+
+
+def test_answers_have_grown_where_they_are_shown_to():
+    """16 prompts of 10 usual tokens: of 20 each, d = 5 beyond 1.5 times; of 10 and 30 by turns the same mean with a standard error of 2.6."""
+    drawn, spread = (Drawn(Path("nowhere"), SimpleNamespace(gather=lambda x: x, is_main_process=False, device="cpu"), 1.5) for _ in "ab")
+    usual, index = np.full(16, 10.0), np.arange(16) // 2
+    for step in range(2):  # eight prompts a step, two answers each
+        assert drawn.ratio(step) is None
+        drawn.note(step, np.full(16, 20), usual, index + 8 * step)
+        spread.note(step, np.repeat([10, 30], 8).reshape(2, 4, 2).swapaxes(0, 1).ravel(), usual, index + 8 * step)
+    assert drawn.ratio(2) == 2.0 and drawn.tokens == 640 and spread.ratio(2) is None and drawn.ratio(1) is None
+    assert spread.steps["0"] == [320.0, 160.0, 8.0, 40.0, 4 * 5.0**2 + 4 * 15.0**2]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "dense", "where"),
+    [({"mask_truncated_completions": True}, "none", "mask_truncated_completions"), ({}, "log-ratio", "on_policy.dense")],
+)
+def test_what_goes_with_no_stop_string_is_refused(trainer, dense, where):
+    settings = OptimiseSettings(method="grpo", trainer=trainer, on_policy={"dense": dense})
+    own_config(settings, SamplingSettings())
+    with pytest.raises(ConfigError, match=where):
+        own_config(settings, SamplingSettings(stop=["\n"]))

@@ -65,13 +65,13 @@ def test_completions_of_a_tiny_vocabulary_sum_to_one(policy):
     assert np.exp(sequence_log_probs(policy, [*ended, *two])).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_a_stored_answer_has_eos_only_where_it_finished(tmp_path):
+def test_a_stored_answer_has_eos_only_where_it_ended_by_it(tmp_path):
     folder = make_tiny_policy(tmp_path)
     loaded = load_policy(str(folder))
     prompt = Prompt.of("the cat", "dev")
-    samples = [Sample(prompt, i, " sat on", reason, 3, 0.0) for i, reason in enumerate(("eos", "length"))]
+    samples = [Sample(prompt, i, " sat on", reason, 3, 0.0) for i, reason in enumerate(("eos", "length", "stop"))]
     row = Format(loaded.tokenizer).encode(["the cat"], [" sat on"])[0]
-    expected = [_plain(loaded, row), _plain(loaded, Encoded(row.prompt_ids, row.completion_ids[:-1]))]
+    expected = [_plain(loaded, row), *[_plain(loaded, Encoded(row.prompt_ids, row.completion_ids[:-1]))] * 2]
     assert answer_log_probs(folder, samples, chat_template="auto") == pytest.approx(expected, abs=1e-4)
     assert expected[0] < expected[1]
 

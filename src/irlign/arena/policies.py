@@ -21,6 +21,7 @@ OF = "policy: "  # begins a row's name
 ALIGNED = "aligned"  # what a row of policies is
 ON_POLICY = {"learning_rate": 3e-4, "num_train_epochs": 2, "per_device_train_batch_size": 64}
 DISCRIMINATOR = {"learning_rate": 5e-4, "num_train_epochs": 2}
+ONCE = {"rounds": 1, "refresh": "none"}
 REFRESHED = {"rounds": 2, "refresh": "current-demo"}
 # Over the defaults of `optimise`. distill's winners and passes were looked at on development seeds of two worlds, of the others the learning rate
 # on one seed of one world (docs/optimise/side_by_side.md), and they draw and train unlike numbers of tokens. A row that names its `method` has the
@@ -35,8 +36,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gsil": {"rounds": 2, "learning_rate": 3e-5, "num_train_epochs": 2},
     "rloo": {**ON_POLICY, "learning_rate": 1e-3},
     "grpo": ON_POLICY,
-    "grpo-log-ratio": {"method": "grpo", "on_policy": {"dense": "log-ratio"}},
-    "grpo-tokens": {"method": "grpo", "on_policy": {"dense": "discriminator"}, "discriminator": DISCRIMINATOR},
+    "grpo-log-ratio": {"method": "grpo", **ONCE, "on_policy": {"dense": "log-ratio"}},
+    "grpo-tokens": {"method": "grpo", **ONCE, "on_policy": {"dense": "discriminator"}, "discriminator": DISCRIMINATOR},
     "rlsr": ON_POLICY,
     "gad": {**ON_POLICY, "discriminator": DISCRIMINATOR},
     "distill-rounds": {"method": "distill", **REFRESHED},

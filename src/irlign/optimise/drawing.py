@@ -13,6 +13,7 @@ from irlign.data.chat import Format
 from irlign.files import read_json, write_json
 from irlign.optimise.dense import paid_before, token_advantages
 from irlign.policy.load import Policy
+from irlign.progress import say
 from irlign.sampling.ending import ending
 from irlign.sampling.engine import SamplingSettings
 
@@ -25,7 +26,7 @@ GENERATION = {  # fields of TRL's that change how answers are drawn, of which ou
 }
 
 
-LOOKED_AT = 3  # steps whose answers say whether answers have grown
+PROMPTS = 16  # so many prompts' answers say whether answers have grown
 
 
 def known_trl() -> bool:
@@ -62,8 +63,9 @@ class Drawing:
 
 
 class Drawn:
-    """What was drawn, step by step, by all processes together: tokens, and those of pi_SFT's usual answers to the same prompts. It is kept in a file
-    beside the checkpoints, so that a training that goes on knows it."""
+    """What was drawn, step by step, by all processes together: tokens, those of pi_SFT's usual answers to the same prompts, prompts, and the sums of `d` and
+    `d^2` over them, `d` being what a prompt's answers have on average beyond `longest` times the usual. It is kept in a file beside the checkpoints, so that a
+    training that goes on knows it."""
 
     def __init__(self, file: Path, accelerator: Any, longest: float | None):
         self.file, self.accelerator, self.longest = file, accelerator, longest
@@ -72,25 +74,36 @@ class Drawn:
 
     @property
     def tokens(self) -> int:
-        return round(sum(tokens for tokens, _ in self.steps.values()))
+        return round(sum(of[0] for of in self.steps.values()))
 
-    def note(self, step: int, tokens: int, usual: float) -> None:
-        """What this process has drawn for a step; every process calls it."""
+    def note(self, step: int, tokens_B: np.ndarray, usual_B: np.ndarray, index_B: np.ndarray) -> None:
+        """What this process has drawn for a step: each answer's tokens, those usual at its prompt, and the prompt's number; every process calls it."""
         import torch
 
-        own = torch.tensor([[float(tokens), usual]], device=self.accelerator.device)
-        self.steps[str(step)] = self.accelerator.gather(own).sum(0).tolist()
+        beyond_B = tokens_B - (self.longest or 1.0) * usual_B
+        each = np.array([beyond_B[index_B == i].mean() for i in np.unique(index_B)])
+        own = [[tokens_B.sum(), usual_B.sum(), len(each), each.sum(), (each**2).sum()]]
+        self.steps[str(step)] = (
+            self.accelerator.gather(torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)).sum(0).tolist()
+        )
         if self.accelerator.is_main_process:
             write_json(self.file, self.steps)
 
-    def ratio(self, step: int) -> float:
-        """How many times as long as usual the answers of the last LOOKED_AT steps were; 0 before there are so many."""
-        found = [self.steps[str(k)] for k in sorted(int(key) for key in self.steps) if k < step][-LOOKED_AT:]
-        tokens, usual = np.sum(found, axis=0) if len(found) == LOOKED_AT else (0.0, 1.0)
-        return float(tokens / usual)
+    def ratio(self, step: int) -> float | None:
+        """How many times as long as usual the answers of the last steps were, as many as have PROMPTS prompts, where that is shown to be more than
+        `longest` (three standard errors over prompts); else None."""
+        found = np.zeros(5)
+        for k in sorted((int(key) for key in self.steps), reverse=True):
+            if k < step and found[2] < PROMPTS:
+                found += self.steps[str(k)]
+        tokens, usual, count, beyond, squares = found
+        if count < PROMPTS or not self.longest:
+            return None
+        mean, variance = beyond / count, max(0.0, squares / count - (beyond / count) ** 2) * count / (count - 1)
+        return float(tokens / usual) if mean > 3 * np.sqrt(variance / count) else None
 
     def watch(self) -> Any:
-        """A callback that stops training once the answers have come to more than `longest` times their usual length."""
+        """A callback that stops training once the answers are shown to have more than `longest` times their usual length."""
         from transformers import TrainerCallback
 
         drawn = self
@@ -98,9 +111,11 @@ class Drawn:
         class Watch(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 ratio = drawn.ratio(state.global_step)
-                if drawn.longest and ratio > drawn.longest and state.global_step < state.max_steps:
+                if ratio and state.global_step < state.max_steps:
                     drawn.grown = f"answers came to {ratio:.1f} times the length of SFT's, so training stopped after {state.global_step} of {state.max_steps} steps"
+                    say(f"optimise: {drawn.grown}")
                     control.should_training_stop = True
+                    control.should_save = False  # a training that is resumed comes to this step again, and stops there again
 
         return Watch()
 
@@ -119,6 +134,9 @@ def drawing_of(trainer: Any, policy: Policy, form: Format, stop: Sequence[str], 
 
 def drawing_here(kind: Any, pairs: bool) -> Any:
     """A trainer of TRL's that draws as its `drawing` says; `pairs`: it wants log-probabilities beside the answers, or None for them."""
+    from torch import manual_seed, randint
+    from torch.random import fork_rng
+
     from irlign.sampling.in_training import draw_in_training
 
     class Drawn(kind):
@@ -126,14 +144,24 @@ def drawing_here(kind: Any, pairs: bool) -> Any:
 
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
             how = self.drawing
+            if not how.ours and self.accelerator.num_processes > 1:
+                device = self.accelerator.device
+                with fork_rng(
+                    [device] if device.type == "cuda" else []
+                ):  # else processes that share a prompt would draw the same answers to it
+                    manual_seed(int(randint(1 << 46, (1,))) + self.accelerator.process_index)
+                    found = super()._generate_single_turn(prompt_ids, *rest, **more)
+            elif not how.ours:
+                found = super()._generate_single_turn(prompt_ids, *rest, **more)
             if how.ours:
                 model = self.accelerator.unwrap_model(self.model_wrapped)
                 plain = getattr(model, "get_base_model", lambda: model)()
                 about: dict[str, Any] = {"ends": sorted(how.ends), "pad_id": how.pad_id, "context": how.context, "stopped": how.stopped}
                 drawn = draw_in_training(plain, prompt_ids, how.law, process=self.accelerator.process_index, **about)
                 logs = None
+            elif not how.law.stop:
+                return found
             else:
-                found = super()._generate_single_turn(prompt_ids, *rest, **more)
                 drawn, logs = found if pairs else (found, None)
             if how.law.stop:
                 used = [how.used(prompt, ids)[2] for prompt, ids in zip(prompt_ids, drawn, strict=True)]

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from irlign.data.splits import stored_demonstrations
+from irlign.errors import ConfigError
 from irlign.optimise.dense import WORDS, dense_of
 from irlign.optimise.distill import train_distill, winners
 from irlign.optimise.ditto import ranked_by_policy
@@ -88,7 +89,11 @@ def labelling(settings: OptimiseSettings, _: SamplingSettings) -> Config:
 
 
 def drawing(trainer: Literal["rloo", "grpo"], settings: OptimiseSettings, sampling: SamplingSettings) -> Config:
-    """The training arguments of a policy that draws its own answers."""
+    """The training arguments of a policy that draws its own answers. Raises ConfigError as `on_policy_config` does, and where TRL would leave out
+    answers that end at a stop string: it takes them for cut."""
+    if sampling.stop and settings.trainer.get("mask_truncated_completions"):
+        what = "TRL takes answers that end at a stop string for cut, and would learn from none of them"
+        raise ConfigError(what, where="optimise.trainer.mask_truncated_completions", do="leave it out, or sampling.stop")
     return on_policy_config(trainer, settings.on_policy, sampling)
 
 

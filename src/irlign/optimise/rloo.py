@@ -103,13 +103,17 @@ def reward_function(
 
 def on_policy_config(method: Literal["rloo", "grpo"], settings: OnPolicySettings, sampling: SamplingSettings) -> Config:
     """TRL's arguments. Every sampling field is passed, so the model's generation_config narrows none; dropout is off, so that answers are
-    drawn by the policy that is trained. Raises ConfigError for stop strings where the TRL installed is one whose answers cannot be cut at them."""
+    drawn by the policy that is trained. Raises ConfigError for stop strings where the TRL installed is one whose answers cannot be cut at them, and
+    where tokens are paid, of which no stop string was among those that the pay was learned from."""
     need_trl()
     from trl import GRPOConfig, RLOOConfig
 
     if sampling.stop and not known_trl():
         do = "pip install 'trl==1.16.*', leave it out, or use a method that learns from stored answers: distill or dpo"
         raise ConfigError("answers drawn as a policy learns are cut at stop strings under TRL 1.16 alone", where="sampling.stop", do=do)
+    if sampling.stop and settings.dense != "none":
+        do = "leave sampling.stop out, or on_policy.dense, which pays whole answers"
+        raise ConfigError("tokens are paid one by one, and those of a stop string have no price", where="optimise.on_policy.dense", do=do)
     tokens = {"scale_rewards": "none"} if settings.dense != "none" else {}  # totals may tie where tokens do not
     return {"rloo": RLOOConfig, "grpo": GRPOConfig}[method], {
         **tokens,
@@ -162,7 +166,8 @@ def train_on_policy(
     pay = dense.in_units(form, train, objective) if dense else None
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
-        drawn.note(trainer.state.global_step, sum(map(len, completion_ids)), float(usual_P[given["index"]].sum()))
+        index = np.array(given["index"])
+        drawn.note(trainer.state.global_step, np.array([*map(len, completion_ids)]), usual_P[index], index)
         rewards = scorer(completion_ids, **given)
         if pay:
             tokens = pay([asked_ids[i] for i in given["index"]], completion_ids)

@@ -109,7 +109,9 @@ def alarms_of(
     best = max([np.zeros_like(gains_P), *earlier], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
         seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
-        found.append(("by the judge, the aligned policy turns down", seen, "no further round is made; lower optimise.rounds"))
+        found.append(
+            ("by the judge, the aligned policy turns down", seen, "no further round is made; lower optimise.rounds, or train fewer steps")
+        )
     return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
 
 

@@ -114,6 +114,8 @@ class OptimiseSettings(TrainerSettings):
             raise ValueError(
                 f"{self.method} pays {UNSHAPED[self.method]} as it is: on_policy.objective is for rloo and grpo, else leave it out"
             )
+        if len({f"{100 * share:g}" for share in self.kept}) < len(self.kept):
+            raise ValueError("two shares of keep_checkpoints are the same in six digits: leave one out")
         if self.method == "kto" and self.per_device_train_batch_size == 1:
             raise ValueError("kto estimates its KL over the rows of a batch: per_device_train_batch_size must be 2 or more")
         return self

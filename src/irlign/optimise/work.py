@@ -102,7 +102,7 @@ class Work:
 
     def made(self, number: int) -> list["Made"]:
         """The policies of a round in the order in which its training came to them, the last at its end."""
-        earlier = [Made(number, f"round-{number}-at-{share:.0%}", f"{POLICY}-{share:g}", share) for share in self.settings.kept]
+        earlier = [Made(number, f"round-{number}-at-{100 * share:g}%", f"{POLICY}-{share:g}", share) for share in self.settings.kept]
         found = [one for one in earlier if (self.round(number) / one.folder).exists()]
         return [*found, Made(number, f"round-{number}", POLICY)]
 

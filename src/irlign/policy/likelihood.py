@@ -54,9 +54,11 @@ def mean_nll(policy: Policy, rows: Sequence[Encoded]) -> float:
 
 
 def answer_log_probs(policy: Path, samples: Sequence[Sample], *, chat_template: str) -> np.ndarray:
-    """log pi(y | x) of stored answers under the policy in a folder, in nats: EOS included where they finished, and only there. Shape
-    [len(samples)]."""
+    """log pi(y | x) of stored answers under the policy in a folder, in nats: EOS included where they ended by it, and only there (of a stop string nothing is:
+    no tokens of it are stored). Shape [len(samples)]."""
     loaded = load_policy(str(policy))
     rows = Format(loaded.tokenizer, chat_template).encode([s.prompt.content for s in samples], [s.completion for s in samples])
-    drawn = [row if s.finished else Encoded(row.prompt_ids, row.completion_ids[:-1]) for s, row in zip(samples, rows, strict=True)]
+    drawn = [
+        row if s.finish_reason == "eos" else Encoded(row.prompt_ids, row.completion_ids[:-1]) for s, row in zip(samples, rows, strict=True)
+    ]
     return sequence_log_probs(loaded, drawn)

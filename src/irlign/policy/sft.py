@@ -58,7 +58,7 @@ def train_sft(
     `about` is what `Tuning` takes further: chat_template, folder, checkpoints, seed, report_to. Returns steps, losses, and the dev loss
     (nats a completion token) before and after. Raises ModelError on divergence.
     """
-    tuning = Tuning(init, dev, settings, was="initial", becomes="sft", stage="sft", kept=settings.kept, **about)
+    tuning = Tuning(init, dev, settings, was="initial", becomes="sft", stage="sft", kept=settings.kept, kept_apart=False, **about)
     encoded = tuning.form.encode([d.prompt.content for d in train], [d.completion for d in train])
     rows = [{"input_ids": r.ids, "labels": r.ids if settings.loss_on_prompt else r.labels} for r in encoded]
     skip = "logits_to_keep" in inspect.signature(tuning.policy.model.forward).parameters

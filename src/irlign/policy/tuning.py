@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Tuning:
     """One training of the policy in the folder `start`, from the seed on: `policy`, read under `form`. `was` and `becomes` name the two
     ends in the log, `stage` is what progress and errors call it; `kept` are folders beside `folder`, by the share of the steps after which the policy is
-    saved there too."""
+    saved there too; `kept_apart`: not where that is the last step, or that of another."""
 
     def __init__(
         self,
@@ -38,12 +38,14 @@ class Tuning:
         becomes: str = "aligned",
         stage: str = "optimise",
         kept: Mapping[str, float] | None = None,
+        kept_apart: bool = True,
     ):
         from transformers import set_seed
 
         set_seed(seed)
         self.settings, self.folder, self.checkpoints, self.seed, self.report_to = settings, folder, checkpoints, seed, report_to
-        self.was, self.becomes, self.stage, self.kept = was, becomes, stage, kept or {}
+        self.was, self.becomes, self.stage = was, becomes, stage
+        self.kept, self.kept_apart = kept or {}, kept_apart
         self.policy = load_policy(str(start), was)
         self.form = Format(self.policy.tokenizer, chat_template)
         self.dev_rows = self.form.encode([d.prompt.content for d in dev], [d.completion for d in dev])
@@ -89,8 +91,10 @@ class Tuning:
     def finish(self, trainer: "Trainer", metrics: Sequence[str] | None = None) -> dict[str, Any]:
         """Train, and save the policy in `folder` as a plain transformers checkpoint. Returns steps, losses, what the trainer logged of `metrics`,
         and the loss on the dev demonstrations (nats a completion token) before and after. Raises ModelError on divergence."""
-        for name, share in self.kept.items():
-            trainer.add_callback(_keep(self.folder.parent / name, share, self.plain))
+        if self.kept:
+            trainer.add_callback(
+                _keep({self.folder.parent / name: share for name, share in self.kept.items()}, self.kept_apart, self.plain)
+            )
         log = fit(trainer, self.stage, self.checkpoints)
         log |= {} if metrics is None else {"logged": logged(trainer, metrics)}
         tuned = self.plain(trainer.model)
@@ -105,18 +109,32 @@ class Tuning:
         return mean_nll(policy, self.dev_rows) if self.dev_rows else None
 
 
-def _keep(target: Path, share: float, as_policy: Callable[[Any], Policy]) -> Any:
-    """Saves a copy of the model once this share of the steps is done; memory holds it twice for that moment."""
+def _keep(targets: Mapping[Path, float], apart: bool, as_policy: Callable[[Any], Policy]) -> Any:
+    """Saves a copy of the model in each target once its share of the steps is done, for which memory, not the card's, holds it twice for that moment;
+    `apart`: not at the last step, and at any other once."""
     from transformers import TrainerCallback
 
     class Keep(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.is_world_process_zero and state.global_step == max(1, round(share * state.max_steps)) and not target.exists():
-                building = target.with_name(f".{target.name}")
-                save_policy(as_policy(copy.deepcopy(model)), building)
-                os.replace(building, target)
+            now = [target for target, share in targets.items() if max(1, round(share * state.max_steps)) == state.global_step]
+            if apart:
+                now = now[:1] if state.global_step < state.max_steps else []
+            for target in now if state.is_world_process_zero else []:
+                if not target.exists():
+                    building = target.with_name(f".{target.name}")
+                    save_policy(as_policy(_copy(model)), building)
+                    os.replace(building, target)
 
     return Keep()
+
+
+def _copy(model: Any) -> Any:
+    """A copy of a model that is being trained, in the memory of the CPU."""
+    import torch
+
+    known: dict[int, Any] = {id(p): torch.nn.Parameter(p.detach().cpu().clone(), p.requires_grad) for p in model.parameters()}
+    known |= {id(b): b.detach().cpu().clone() for b in model.buffers()}
+    return copy.deepcopy(model, known)
 
 
 def collate(batch: Sequence[dict[str, Any]], pad_id: int, *, skip: bool = False) -> dict[str, Any]:
