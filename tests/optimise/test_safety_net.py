@@ -57,6 +57,22 @@ def test_the_best_lower_bound_is_published():
     assert choose([]) == ("sft", []) and choose([Candidate("still", np.zeros(30), {})])[0] == "sft"
 
 
+def test_an_earlier_policy_stands_in_for_the_last_where_that_may_not_be_published():
+    """Even one with the better bound waits for it; an alarm, or a bound that is not above 0, makes way."""
+    half = Candidate("round-1-at-50%", np.tile([1.1, 0.9], 50), {"alarms": []}, "round-1")
+    for gains, alarms, published in (
+        ([0.9, 0.7], [], "round-1"),
+        ([0.9, 0.7], [{"name": "grown"}], "round-1-at-50%"),
+        ([0.9, -0.9], [], "round-1-at-50%"),
+    ):
+        candidates = [half, Candidate("round-1", np.tile(gains, 50), {"alarms": alarms})]
+        choice = choice_of(candidates, {})
+        assert choice["published"] == choose(candidates)[0] == published
+        assert ("round 1, with which its training ended, may not be published" in choice["why"]) == (published != "round-1")
+    worse = Candidate("round-2", np.tile([0.5, 0.4], 50), {"alarms": []})
+    assert choose([half, Candidate("round-1", np.zeros(100), {}), worse])[0] == "round-1-at-50%"  # among rounds the best bound
+
+
 def test_more_candidates_ask_for_more():
     one = Candidate("one", np.tile([1.05, -0.71], 50), {})  # 0.17 with a standard error of 0.088: shown alone, not among four
     assert choose([one])[0] == "one" and choose([one, *_candidates([-1, -1, -1], 100, 0)])[0] == "sft"

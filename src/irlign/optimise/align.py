@@ -144,7 +144,7 @@ def weighed(
     if made.last:  # what the training cost is counted once
         drawn += work.drawn(made.round) + log.get("drawn", 0)
     about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier)}
-    return Candidate(made.name, gains, {**about, "training": log if made.last else None})
+    return Candidate(made.name, gains, {**about, "training": log if made.last else None}, None if made.last else f"round-{made.round}")
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:

@@ -53,12 +53,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy that may be published: the judge's gain of its answers over pi_SFT's at each dev prompt (shape [P]), and what choice.json
-    says of it."""
+    """A policy that may be published: the judge's gain of its answers over pi_SFT's at each dev prompt (shape [P]), what choice.json says of it, and, of one that
+    its training went past, the name of the one that it ended with."""
 
     name: str
     gains_P: np.ndarray
     about: Mapping[str, Any]
+    before: str | None = None
 
 
 def in_words(name: str) -> str:
@@ -118,12 +119,14 @@ def alarms_of(
 def choose(candidates: Sequence[Candidate]) -> tuple[str, list[float]]:
     """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), among
     those without an alarm, and pi_SFT where none of these bounds lies above 0. A policy whose answers grow, say, may please the judge as
-    it pleases the reward (docs/studies/frozen_reward.md)."""
+    it pleases the reward (docs/studies/frozen_reward.md). One that a training went past stands in for the one that it ended with where that may not be
+    published (an alarm is raised too where it is shown to lie below): where the judge tells them apart no better than chance, the reward has had longer."""
     if not candidates:
         return SFT, []
     low_C = lower_bounds(np.stack([c.gains_P for c in candidates], axis=1), ALPHA / len(candidates))
-    best = max((k for k, c in enumerate(candidates) if not c.about.get("alarms")), key=lambda k: low_C[k], default=None)
-    return candidates[best].name if best is not None and low_C[best] > 0 else SFT, low_C.tolist()
+    fit = {c.name: low for c, low in zip(candidates, low_C, strict=True) if low > 0 and not c.about.get("alarms")}
+    ends = {c.name: fit[c.name] for c in candidates if c.name in fit and c.before not in fit}
+    return max(ends, key=lambda name: ends[name], default=SFT), low_C.tolist()
 
 
 def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
     why = f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept"
     if published != SFT:
         why = f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}"
+        if last := next(c.before for c in candidates if c.name == published):
+            why = f"its judged gain over SFT is above 0 at 5% for {count}, and {in_words(last)}, with which its training ended, may not be published"
     elif alarmed := next((c for c, low in zip(candidates, low_C, strict=True) if low > 0), None):
         why = f"{in_words(alarmed.name)} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
