@@ -2,7 +2,7 @@
 
 import pytest
 
-from irlign.optimise.rloo import GENERATION
+from irlign.optimise.drawing import GENERATION
 
 on_policy = pytest.importorskip("on_policy")
 

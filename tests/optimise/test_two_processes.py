@@ -45,13 +45,13 @@ def drawn_in_a_process(start, place, *, checkpoints):
 
 @pytest.mark.slow
 def test_processes_that_share_a_prompt_draw_unlike_answers_to_it(tmp_path, monkeypatch):
-    import test_processes
+    import test_two_processes
 
     pytest.importorskip("trl")
     start = make_tiny_policy(tmp_path / "start")
     here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])]))
-    launch(ProcessSettings(num_processes=2), test_processes.drawn_in_a_process, start, tmp_path, checkpoints=tmp_path / "checkpoints")
+    launch(ProcessSettings(num_processes=2), test_two_processes.drawn_in_a_process, start, tmp_path, checkpoints=tmp_path / "checkpoints")
     first, second = (read_json(tmp_path / f"drawn-{rank}.json") for rank in range(2))
     assert len(first) == len(second) == 2 and all(one != other for one, other in zip(first, second, strict=True))
 
