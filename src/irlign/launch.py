@@ -6,13 +6,13 @@ the training is over all but the first leave (`training.fit`), so that whatever 
 
 import contextlib
 import os
-import pickle
 import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,7 +135,7 @@ def launch(
     place = checkpoints / "launch"
     remove(place)
     place.mkdir(parents=True)
-    key, count, call = os.urandom(32), processes.count, pickle.dumps((function, args, options))
+    key, count, call = os.urandom(32), processes.count, bytes(ForkingPickler.dumps((function, args, options)))
     with Listener(authkey=key) as listener:  # nothing that could be run is ever read from a file
         exchange = Exchange(listener, call, count)
         code = _run(_command(processes, place), place / LOG, count, {ADDRESS: str(listener.address), KEY: key.hex()})
