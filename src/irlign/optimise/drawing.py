@@ -139,37 +139,36 @@ def drawing_here(kind: Any, pairs: bool) -> Any:
 
     from irlign.sampling.in_training import draw_in_training
 
-    class Drawn(kind):
+    class DrawingHere(kind):
         drawing: Drawing
 
         def _generate_single_turn(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
             how = self.drawing
-            if not how.ours and self.accelerator.num_processes > 1:
-                device = self.accelerator.device
-                with fork_rng(
-                    [device] if device.type == "cuda" else []
-                ):  # else processes that share a prompt would draw the same answers to it
-                    manual_seed(int(randint(1 << 46, (1,))) + self.accelerator.process_index)
-                    found = super()._generate_single_turn(prompt_ids, *rest, **more)
-            elif not how.ours:
-                found = super()._generate_single_turn(prompt_ids, *rest, **more)
-            if how.ours:
-                model = self.accelerator.unwrap_model(self.model_wrapped)
-                plain = getattr(model, "get_base_model", lambda: model)()
-                about: dict[str, Any] = {"ends": sorted(how.ends), "pad_id": how.pad_id, "context": how.context, "stopped": how.stopped}
-                drawn = draw_in_training(plain, prompt_ids, how.law, process=self.accelerator.process_index, **about)
-                logs = None
-            elif not how.law.stop:
+            found = self._ours(prompt_ids) if how.ours else self._theirs(prompt_ids, *rest, **more)
+            if not how.law.stop:
                 return found
-            else:
-                drawn, logs = found if pairs else (found, None)
-            if how.law.stop:
-                used = [how.used(prompt, ids)[2] for prompt, ids in zip(prompt_ids, drawn, strict=True)]
-                drawn = [ids[:n] for ids, n in zip(drawn, used, strict=True)]
-                logs = logs and [of[:n] for of, n in zip(logs, used, strict=True)]
-            return (drawn, logs) if pairs else drawn
+            drawn, logs = found if pairs else (found, None)
+            used = [how.used(prompt, ids)[2] for prompt, ids in zip(prompt_ids, drawn, strict=True)]
+            drawn = [ids[:n] for ids, n in zip(drawn, used, strict=True)]
+            return (drawn, logs and [of[:n] for of, n in zip(logs, used, strict=True)]) if pairs else drawn
 
-    return Drawn
+        def _ours(self, prompt_ids: Any) -> Any:
+            how, model = self.drawing, self.accelerator.unwrap_model(self.model_wrapped)
+            plain = getattr(model, "get_base_model", lambda: model)()
+            about: dict[str, Any] = {"ends": sorted(how.ends), "pad_id": how.pad_id, "context": how.context, "stopped": how.stopped}
+            drawn = draw_in_training(plain, prompt_ids, how.law, process=self.accelerator.process_index, **about)
+            return (drawn, None) if pairs else drawn
+
+        def _theirs(self, prompt_ids: Any, *rest: Any, **more: Any) -> Any:
+            if self.accelerator.num_processes == 1:
+                return super()._generate_single_turn(prompt_ids, *rest, **more)
+            device = self.accelerator.device
+            with fork_rng([device] if device.type == "cuda" else []):
+                # all processes have one random state (training.py), and those that share a prompt would draw the same answers to it
+                manual_seed(int(randint(1 << 46, (1,))) + self.accelerator.process_index)
+                return super()._generate_single_turn(prompt_ids, *rest, **more)
+
+    return DrawingHere
 
 
 def paying_tokens(kind: Any) -> Any:
