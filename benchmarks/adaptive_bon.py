@@ -46,6 +46,15 @@ def quick_cell(root: Path) -> Path:
     return root
 
 
+def finished(roots: Sequence[Path], only: str, seeds: Sequence[int]) -> dict[str, list[Path]]:
+    """The finished cells of these seeds by setting, whichever root has them."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted((p for root in roots for p in root.iterdir() if fnmatch.fnmatch(p.name, only)), key=lambda p: p.name):
+        own = [path / f"seed-{seed}" for seed in seeds]
+        found.setdefault(path.name, []).extend(folder for folder in own if (folder / "scores/judge.parquet").is_file())
+    return {setting: folders for setting, folders in found.items() if folders}
+
+
 def selecting_reward(
     run: Run, name: str, prompt_ids: Sequence[str], dev: np.ndarray, finished: np.ndarray
 ) -> tuple[np.ndarray, Scales | None]:
@@ -158,11 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def report(cells: Path, given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """The table over these cells, printed and written."""
-    settings: dict[str, list[np.ndarray]] = {}
-    for setting in sorted(path.name for path in cells.iterdir() if fnmatch.fnmatch(path.name, given.only)):
-        folders = [cells / setting / f"seed-{seed}" for seed in parse_seeds(given.seeds)]
-        if found := [measure(folder, given.reward) for folder in folders if (folder / "scores/judge.parquet").is_file()]:
-            settings[setting] = found
+    known = finished([cells], given.only, parse_seeds(given.seeds))
+    settings = {setting: [measure(folder, given.reward) for folder in folders] for setting, folders in known.items()}
     if not settings:
         parser.error(f"no finished cell of these seeds below {cells}")
     rows = []

@@ -13,7 +13,6 @@ the reward of a part with that of the whole, among the answers to a prompt that 
 """
 
 import argparse
-import fnmatch
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from adaptive_bon import ORDERS, Scales, first_n, quick_cell, selecting_reward
+from adaptive_bon import ORDERS, Scales, finished, first_n, quick_cell, selecting_reward
 from scipy.stats import spearmanr
 
 from irlign.arena.cell import golden_of
@@ -137,15 +136,6 @@ def summarise(cells: Sequence[Sequence[Mapping[str, Any]]], **about: Any) -> lis
         more = nested_estimate([row["more_P"] for row in own]).to_json()
         rows.append({**about, **key, "cells": len(own), **mean, "golden": golden, "saved": saved, "more": more})
     return rows
-
-
-def finished(roots: Sequence[Path], only: str, seeds: Sequence[int]) -> dict[str, list[Path]]:
-    """The finished cells of these seeds by setting, whichever root has them."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted((p for root in roots for p in root.iterdir() if fnmatch.fnmatch(p.name, only)), key=lambda p: p.name):
-        own = [path / f"seed-{seed}" for seed in seeds]
-        found.setdefault(path.name, []).extend(folder for folder in own if (folder / "scores/judge.parquet").is_file())
-    return {setting: folders for setting, folders in found.items() if folders}
 
 
 def show(row: Mapping[str, Any]) -> None:

@@ -45,7 +45,7 @@ class OnPolicySettings(Settings):
     max_length_ratio: float | None = Field(
         1.5,
         gt=1,
-        description="training stops where the answers of three steps come to more than so many times the length of pi_SFT's; null: never",
+        description="training stops where answers are shown to come to more than so many times the length of pi_SFT's; null: never",
     )
     dense: Literal["none", "log-ratio", "discriminator"] = Field(
         "none",

@@ -100,7 +100,7 @@ class Work:
         draw_pool(folder, wanted, self.sampling, folder=pool, **about)
         return read_pool(pool)
 
-    def made(self, number: int) -> list["Made"]:
+    def made(self, number: int) -> list[Made]:
         """The policies of a round in the order in which its training came to them, the last at its end."""
         earlier = [Made(number, f"round-{number}-at-{100 * share:g}%", f"{POLICY}-{share:g}", share) for share in self.settings.kept]
         found = [one for one in earlier if (self.round(number) / one.folder).exists()]
