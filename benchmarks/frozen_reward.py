@@ -97,7 +97,8 @@ def study(root: Path, seed: int, rounds: int, overrides: Sequence[str]) -> dict[
             stage(recipe, run)
         golden, shown = recipe.world.golden, stored_demonstrations(run, "dev")  # type: ignore[union-attr]
         rows = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-        sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
+        columns = (np.array([row[of] for row in rows]) for of in ("judge", f"reward/{recipe.reward.name}"))
+        sft = Judged([Sample.from_row(row) for row in rows], *columns)
         pool = stored_samples(run, "sft", "dev", "test")
         wanted = [(p, recipe.optimise.generations) for p in {s.prompt.prompt_id: s.prompt for s in pool}.values()]
         start = measures(golden, [s for s in pool if s.prompt.split == "test"], np.zeros(len(shown)), [])

@@ -10,16 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from small import small_recipe
+from small import small_recipe, witnesses
 from tiny import make_tiny_encoder, make_tiny_policy
 
 import irlign
 from irlign.data.pairs import PAIR
 from irlign.files import read_json, read_table, write_json
-from irlign.optimise import align
 from irlign.policy.load import load_policy
 from irlign.reward.model import Classifier
 from irlign.sampling.vllm_engine import PYTHON
@@ -34,10 +32,10 @@ PROMPTS, ANSWERS = ["the cat", "a red dog", "The bird sang and", "home"], [" sat
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run whose policies and reward were trained as LoRA adapters, the aligned one published: the judge of candidates is a stand-in that likes it."""
+    """A run whose policies and reward were trained as LoRA adapters, the aligned one published: what weighs candidates are stand-ins that like it."""
     root = tmp_path_factory.mktemp("interop") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), 50.0), None, 0.9))
+        witnesses(patch, [50.0])
         irlign.run(small_recipe(root, pretrain=WIDE, sft=ADAPTER, reward=ADAPTER, optimise=ADAPTER))
     assert read_json(root / "optimise/choice.json")["published"] == "round-1"
     return root

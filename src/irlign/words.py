@@ -16,8 +16,11 @@ def optimised(choice: Mapping[str, Any] | None) -> str:
     base = choice["candidates"].get("sft")
     for name, of in choice["candidates"].items():
         if name != "sft":
+            rewarded = (
+                f", {_gain(of['reward_gain'])} by the reward {choice['selector']}," if "reward_gain" in of else ""
+            )  # newer than some runs
             words.append(
-                f"{name.replace('-', ' ').capitalize()}: judged gain over SFT {of['gain']['mean']:+.2f} sd (at least {of['gain']['low']:+.2f}) on "
+                f"{name.replace('-', ' ').capitalize()}: gain over SFT {_gain(of['gain'])} by the judge{rewarded} on "
                 f"{choice['prompts']} dev prompts; KL to SFT {of['kl_sft']['mean']:.1f} nats an answer, to the initial policy "
                 f"{of['kl_initial']['mean']:.1f} (SFT: {base['kl_initial']['mean']:.1f}); {of['tokens']:.0f} tokens an answer (SFT: {base['tokens']:.0f}), "
                 f"{of['distinct_answers']:.0%} of a prompt's answers differ (SFT: {base['distinct_answers']:.0%})."
@@ -25,6 +28,10 @@ def optimised(choice: Mapping[str, Any] | None) -> str:
             words += [f"Alarm, {a['name']}: {a['seen']}." for a in of["alarms"]]
             words += [f"In training {why}."] if (why := (of["training"] or {}).get("stopped")) else []
     return " ".join(words)
+
+
+def _gain(of: Mapping[str, float]) -> str:
+    return f"{of['mean']:+.2f} sd (at least {of['low']:+.2f})"
 
 
 def measure_words(golden: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from small import witnesses
 from test_leaderboard import TINY, cell_of
 
 from irlign.arena import hours
@@ -17,7 +18,6 @@ from irlign.costs import Speed
 from irlign.data.chat import Format
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, write_json
-from irlign.optimise import align
 from irlign.policy.load import load_tokenizer
 from irlign.reward.load import load_reward
 from irlign.runs import Run
@@ -25,9 +25,8 @@ from irlign.sampling.pools import stored_samples
 
 
 def test_a_row_is_what_the_pipeline_publishes(tmp_path, monkeypatch):
-    """The judge of candidates alone is a stand-in: it takes distill's and refuses weighted-sft's."""
-    logits = iter([90.0, -90.0])
-    monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(logits)), None, 0.9))
+    """What weighs candidates are stand-ins: distill's is taken and weighted-sft's refused."""
+    witnesses(monkeypatch, [90.0, -90.0])
     monkeypatch.setattr("irlign.worlds.dialogue.DialogueWorld.golden", staticmethod(lambda prompts, texts: [float(len(t)) for t in texts]))
     place = Place(str(tmp_path), TINY, 0)
     rows = ["initial policy", "SFT", CHOSEN, "policy: distill", "policy: weighted-sft"]
@@ -83,7 +82,11 @@ def test_shares_of_what_best_of_16_gains():
 
 
 def test_rows_and_settings():
-    assert rows_named("policy: d*") == ["initial policy", "SFT", *(f"policy: {m}" for m in ("distill", "dpo", "ditto", "distill-rounds"))]
+    assert rows_named("policy: d*") == [
+        "initial policy",
+        "SFT",
+        *(f"policy: {m}" for m in ("distill", "dpo", "ditto", "distill-fewer", "distill-rounds")),
+    ]
     assert len(rows_named(STUDIES["policies"].rows)) == 4 + len(SETTINGS)
     assert not any(name.startswith("policy: ") for name in rows_named(None))
 
@@ -106,6 +109,10 @@ def test_what_a_recipe_sets_is_its_own_methods():
     assert (rlsr.on_policy.beta, rlsr.learning_rate) == (0.05, 3e-4)
 
 
+def test_a_row_with_fewer_tokens_is_its_method_with_fewer_answers_and_passes():
+    assert _settings("distill-fewer") == _settings("distill").model_copy(update={"answers": 8, "num_train_epochs": 2})
+
+
 def test_rows_of_rounds_are_their_method_with_a_refreshed_reward():
     for row in ("distill-rounds", "rloo-rounds"):
         method = row.removesuffix("-rounds")
@@ -115,9 +122,8 @@ def test_rows_of_rounds_are_their_method_with_a_refreshed_reward():
 
 
 def test_what_a_row_of_rounds_publishes(tmp_path, monkeypatch):
-    """The reward of its second round lies below the row's own stage, and its tokens are among those trained on. The judge is a stand-in."""
-    seen = iter(np.arange(50.0, 5000.0, 50.0))
-    monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(seen)), None, 0.9))
+    """The reward of its second round lies below the row's own stage, and its tokens are among those trained on. What weighs candidates are stand-ins."""
+    witnesses(monkeypatch, np.arange(50.0, 5000.0, 50.0))
     monkeypatch.setattr("irlign.worlds.dialogue.DialogueWorld.golden", staticmethod(lambda prompts, texts: [float(len(t)) for t in texts]))
     short = (("as", "rounds"), ("optimise.num_train_epochs", 1), ("optimise.answers", 2), ("reward.max_leak_accuracy", 1.0))
     place = Place(str(tmp_path), (*TINY, *short), 0)

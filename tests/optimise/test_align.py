@@ -1,13 +1,14 @@
-"""The stage `optimise` on a small run: what it publishes where the judge sees a gain and where it sees none. The judge alone is
-a stand-in here: it is told what to see."""
+"""The stage `optimise` on a small run: what it publishes where the judge sees a gain and where it sees none. The two witnesses alone are
+stand-ins here: they are told what to see."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small import small_recipe
+from small import small_recipe, witnesses
 
 from irlign.config import load_recipe
 from irlign.errors import ConfigError
@@ -23,11 +24,10 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def judge(monkeypatch):
-    """Say what the judge's logit of every answer of a candidate is, round by round."""
+    """Say what the judge's logit of every answer of a candidate is, round by round, and what its reward."""
 
-    def sees(*logits):
-        rounds = iter(logits)
-        monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(rounds)), None, 0.9))
+    def sees(*logits, reward=99.0):
+        witnesses(monkeypatch, logits, reward)
 
     return sees
 
@@ -85,6 +85,24 @@ def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
     assert not any("turns down" in alarm["name"] and "aligned" in alarm["name"] for alarm in results["alarms"])
     html = (copied / "report.html").read_text()
     assert "<th>aligned</th>" not in html and "<h4>Aligned</h4>" not in html and "SFT is published" in html
+
+
+def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied, judge):
+    """By a method that no reward has a part in; the same policy is published where the reward agrees."""
+    judge(50.0, reward=-99.0)
+    results = run(small_recipe(copied, optimise={"method": "weighted-sft"}))
+    choice = _choice(copied)
+    own = choice["candidates"]["round-1"]
+    assert choice["published"] == "sft" and own["gain"]["low"] > 0 > own["reward_gain"]["mean"] and own["alarms"] == []
+    assert choice["reward"] is None and choice["selector"] == json.loads((copied / "best_of_n/choice.json").read_text())["reward"]
+    said = "round 1 is judged better, and the reward does not show it to be"
+    assert results["headline"][0] == f"The aligned policy is SFT itself: {said}."
+    html = (copied / "report.html").read_text()
+    assert said in html and f"by the reward {choice['selector']}, on 20 dev prompts" in html
+    shutil.rmtree(copied / "optimise")
+    judge(50.0)
+    run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
+    assert _choice(copied)["published"] == "round-1"
 
 
 def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copied, judge):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small import small_recipe
+from small import small_recipe, witnesses
 from tiny import make_tiny_policy
 
 from irlign.config import load_recipe
@@ -15,7 +15,7 @@ from irlign.data.chat import Encoded, Format
 from irlign.data.splits import stored_demonstrations
 from irlign.errors import ConfigError, ModelError
 from irlign.files import read_json
-from irlign.optimise import align, dense
+from irlign.optimise import dense
 from irlign.optimise.dense import Dense, LogitsOfTokens, LogRatioOfTokens, dense_of, paid_before, token_advantages
 from irlign.optimise.methods import METHODS, source_of
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_policy
@@ -256,8 +256,7 @@ def test_an_objective_of_tokens_asks_nothing_of_the_whole_reward(tmp_path):
 def test_rounds_of_a_real_run(copied, monkeypatch, kind, share, rounds):
     """Each round is paid by tokens; the second discriminator learns from the sides that a reward is refreshed on, and none is where none is asked."""
     pytest.importorskip("trl")
-    gains = iter(np.arange(50.0, 500.0, 50.0))
-    monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(gains)), None, 0.9))
+    witnesses(monkeypatch, np.arange(50.0, 500.0, 50.0))
     seen = []
     train = dense.train_tokens
     monkeypatch.setattr(dense, "train_tokens", lambda start, pairs, *a, **k: seen.append((start, pairs)) or train(start, pairs, *a, **k))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import small_recipe
+from small import small_recipe, witnesses
 
 import irlign
 from irlign.config import load_recipe
@@ -29,9 +29,8 @@ PLAIN = {"best_of_n": {"likelihood": 0.0}}
 
 @pytest.fixture
 def judge(monkeypatch):
-    """The judge alone is a stand-in: every round is better than the one before."""
-    seen = iter(np.arange(50.0, 5000.0, 50.0))
-    monkeypatch.setattr(align, "judge_pool", lambda policy, pool, *_, **__: (np.full(len(pool), next(seen)), None, 0.9))
+    """What weighs candidates are stand-ins: every round is better than the one before."""
+    witnesses(monkeypatch, np.arange(50.0, 5000.0, 50.0))
 
 
 @pytest.mark.parametrize(

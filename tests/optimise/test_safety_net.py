@@ -3,28 +3,35 @@
 import numpy as np
 import pytest
 
-from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, judged_gains, kl
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, gains_over, kl
 from irlign.records import Prompt, Sample
 
 P, Q = Prompt.of("p", "dev"), Prompt.of("q", "dev")
 
 
 def _judged(*answers):
-    """Answers of (prompt, text, tokens, logit), numbered within their prompt."""
+    """Answers of (prompt, text, tokens, logit), numbered within their prompt; the reward of each is ten less its logit."""
     seen: dict[str, int] = {}
     samples = []
     for prompt, text, tokens, _ in answers:
         samples.append(Sample(prompt, seen.get(prompt.prompt_id, 0), text, "eos" if tokens < 9 else "length", tokens, -1.0))
         seen[prompt.prompt_id] = seen.get(prompt.prompt_id, 0) + 1
-    return Judged(samples, np.array([logit for *_, logit in answers], dtype=float))
+    logits = np.array([logit for *_, logit in answers], dtype=float)
+    return Judged(samples, logits, 10 - logits)
+
+
+def _candidate(name, gains, about=None, before=None, rewarded=None):
+    """A candidate that the reward shows to gain where nothing else is said."""
+    return Candidate(name, np.asarray(gains), np.ones(len(gains)) if rewarded is None else np.asarray(rewarded), about or {}, before)
 
 
 def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
     sft = _judged((P, "a", 2, 0.0), (P, "b", 2, 2.0), (Q, "c", 2, 4.0), (Q, "c", 2, 6.0))
     own = _judged((Q, "d", 3, 6.0), (P, "e", 4, 3.0), (Q, "f", 9, 8.0))  # q comes first, and has two answers
     spread = np.std([0, 2, 4, 6])
-    assert judged_gains(own, sft) == pytest.approx([(3 - 1) / spread, (7 - 5) / spread])
-    assert judged_gains(sft, sft) == pytest.approx([0, 0])
+    judged, rewarded = gains_over(sft, own)
+    assert judged == pytest.approx([(3 - 1) / spread, (7 - 5) / spread]) and rewarded == pytest.approx(-judged)
+    assert gains_over(sft, sft)[0] == pytest.approx([0, 0])
     assert sft.measures(2) == pytest.approx({"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4})
     assert sft.measures(1)["distinct_answers"] == 1  # among as many answers as the other has
     assert own.measures(4) == pytest.approx({"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1, "commonest_answer": 1 / 3})
@@ -32,14 +39,14 @@ def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
 
 def test_kl_is_the_mean_log_ratio_over_prompts():
     own = _judged((P, "a", 2, 0), (P, "b", 2, 0), (Q, "c", 2, 0))
-    cost = kl(own, np.array([-1.0, -2.0, -3.0]), np.array([-2.0, -5.0, -3.5]))
+    cost = kl(own.samples, np.array([-1.0, -2.0, -3.0]), np.array([-2.0, -5.0, -3.5]))
     assert cost["mean"] == pytest.approx(((1 + 3) / 2 + 0.5) / 2) and cost["prompts"] == 2
-    assert kl(own, np.zeros(3), np.zeros(3))["mean"] == 0
+    assert kl(own.samples, np.zeros(3), np.zeros(3))["mean"] == 0
 
 
 def _candidates(gains_C, prompts, seed):
     rng = np.random.default_rng(seed)
-    return [Candidate(f"round-{k}", gain + rng.normal(size=prompts), {"alarms": []}) for k, gain in enumerate(gains_C, 1)]
+    return [_candidate(f"round-{k}", gain + rng.normal(size=prompts), {"alarms": []}) for k, gain in enumerate(gains_C, 1)]
 
 
 def test_what_is_no_better_is_published_in_at_most_one_run_of_twenty():
@@ -50,33 +57,47 @@ def test_what_is_no_better_is_published_in_at_most_one_run_of_twenty():
 
 def test_the_best_lower_bound_is_published():
     assert choose(_candidates([0.3, 1.0, 0.6], 100, 0))[0] == "round-2"
-    wide = Candidate("wide", np.tile([6.0, -3.8], 50), {})  # a mean of 1.1, and hardly shown
-    narrow = Candidate("narrow", np.tile([0.9, 0.7], 50), {})
+    wide = _candidate("wide", np.tile([6.0, -3.8], 50), {})  # a mean of 1.1, and hardly shown
+    narrow = _candidate("narrow", np.tile([0.9, 0.7], 50), {})
     name, low = choose([wide, narrow])
-    assert name == "narrow" and low[1] > low[0]
-    assert choose([]) == ("sft", []) and choose([Candidate("still", np.zeros(30), {})])[0] == "sft"
+    assert name == "narrow" and low[1, 0] > low[0, 0]
+    assert choose([])[0] == "sft" and choose([_candidate("still", np.zeros(30), {})])[0] == "sft"
 
 
 def test_an_earlier_policy_stands_in_for_the_last_where_that_may_not_be_published():
     """Even one with the better bound waits for it; an alarm, or a bound that is not above 0, makes way."""
-    half = Candidate("round-1-at-50%", np.tile([1.1, 0.9], 50), {"alarms": []}, "round-1")
+    half = _candidate("round-1-at-50%", np.tile([1.1, 0.9], 50), {"alarms": []}, "round-1")
     for gains, alarms, published in (
         ([0.9, 0.7], [], "round-1"),
         ([0.9, 0.7], [{"name": "grown"}], "round-1-at-50%"),
         ([0.9, -0.9], [], "round-1-at-50%"),
     ):
-        candidates = [half, Candidate("round-1", np.tile(gains, 50), {"alarms": alarms})]
+        candidates = [half, _candidate("round-1", np.tile(gains, 50), {"alarms": alarms})]
         choice = choice_of(candidates, {})
         assert choice["published"] == choose(candidates)[0] == published
         assert ("round 1, with which its training ended, may not be published" in choice["why"]) == (published != "round-1")
-    worse = Candidate("round-2", np.tile([0.5, 0.4], 50), {"alarms": []})
-    assert choose([half, Candidate("round-1", np.zeros(100), {}), worse])[0] == "round-1-at-50%"  # among rounds the best bound
+    worse = _candidate("round-2", np.tile([0.5, 0.4], 50), {"alarms": []})
+    assert choose([half, _candidate("round-1", np.zeros(100), {}), worse])[0] == "round-1-at-50%"  # among rounds the best bound
+
+
+def test_what_the_judge_likes_and_the_reward_does_not_show_is_not_published():
+    """The reward is asked for the same evidence as the judge, but does not choose among those that both show to gain."""
+    liked = np.tile([0.9, 0.7], 50)
+    for rewarded, published in (([0.1, 0.3], "round-1"), ([-0.3, -0.1], "sft"), ([1.05, -0.85], "sft"), ([0.0, 0.0], "sft")):
+        choice = choice_of([_candidate("round-1", liked, rewarded=np.tile(rewarded, 50))], {})
+        assert choice["published"] == published
+        assert choice["candidates"]["round-1"]["reward_gain"]["mean"] == pytest.approx(np.mean(rewarded))
+        assert (choice["candidates"]["round-1"]["reward_gain"]["low"] > 0) == (published != "sft")
+    assert choice["why"] == "round 1 is judged better, and the reward does not show it to be, so SFT is kept"
+    both = [_candidate("round-1", liked, rewarded=liked), _candidate("round-2", liked + 0.1, rewarded=liked / 2)]
+    assert choose(both)[0] == "round-2" and choose([both[0], _candidate("round-2", liked + 0.1, rewarded=-liked)])[0] == "round-1"
+    assert choose([_candidate("round-1", -liked, rewarded=liked)])[0] == "sft"  # nor is the reward enough
 
 
 def test_more_candidates_ask_for_more():
-    one = Candidate("one", np.tile([1.05, -0.71], 50), {})  # 0.17 with a standard error of 0.088: shown alone, not among four
+    one = _candidate("one", np.tile([1.05, -0.71], 50), {})  # 0.17 with a standard error of 0.088: shown alone, not among four
     assert choose([one])[0] == "one" and choose([one, *_candidates([-1, -1, -1], 100, 0)])[0] == "sft"
-    assert choose([one])[1] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
+    assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
 
 
 def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, **nats):
@@ -129,8 +150,8 @@ def test_a_policy_far_from_sft_raises_an_alarm_however_it_is_judged():
 
 
 def test_a_candidate_with_an_alarm_is_not_published():
-    grown = Candidate("round-1", np.full(50, 2.0) + np.arange(50) / 50, {"alarms": [{"name": "the answers have grown"}]})
-    plain = Candidate("round-2", np.full(50, 0.5) + np.arange(50) / 50, {"alarms": []})
+    grown = _candidate("round-1", np.full(50, 2.0) + np.arange(50) / 50, {"alarms": [{"name": "the answers have grown"}]})
+    plain = _candidate("round-2", np.full(50, 0.5) + np.arange(50) / 50, {"alarms": []})
     assert choose([grown])[0] == "sft" and choose([grown, plain])[0] == "round-2" and choose([plain, grown])[0] == "round-2"
     why = choice_of([grown], {})["why"]
     assert why == "round 1 is judged better and raises an alarm (the answers have grown), so SFT is kept"

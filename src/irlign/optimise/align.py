@@ -15,15 +15,17 @@ from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
+from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.heldout import judge_pool, prompts_shown
 from irlign.optimise.label_free import too_few
 from irlign.optimise.methods import METHODS, own_config, source_of
 from irlign.optimise.rounds import keep_rewards, refresh
-from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, in_words, judged_gains, kl
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, gains_over, in_words, kl
+from irlign.optimise.scoring import scores_of
 from irlign.optimise.work import POLICY, SEEDS_APART, Made, Work
 from irlign.policy.likelihood import answer_log_probs
 from irlign.progress import say
-from irlign.records import Demonstration, Sample
+from irlign.records import SCORE, Demonstration, Sample
 from irlign.sampling.pools import publish_card, stored_samples, stored_statistics
 
 CARD = """---
@@ -42,7 +44,7 @@ model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelFo
 ```
 Prompts are read in {template}. `optimise/choice.json` of its run says what was tried and how it was weighed.
 """
-TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts. KL to the SFT
+TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts, and the reward `{selector}` {rewarded:+.2f}. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
 
@@ -57,9 +59,10 @@ def align(work: Work, version: str) -> dict[str, Any]:
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, too_few(prompts_shown(shown)))
     else:
-        sft = Judged([Sample.from_row(row) for row in rows], np.array([row["judge"] for row in rows]))
+        columns = (np.array([row[of] for row in rows]) for of in ("judge", f"{SCORE}{work.reward}"))
+        sft = Judged([Sample.from_row(row) for row in rows], *columns)
         choice = _rounds(work, sft, shown, version)
-    choice = {"method": work.settings.method, "reward": reward, **choice, "demonstrations": len(shown)}
+    choice = {"method": work.settings.method, "reward": reward, "selector": work.reward, **choice, "demonstrations": len(shown)}
     _publish(work, choice, version)
     return choice
 
@@ -113,7 +116,7 @@ def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
     """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
     few = [s for s in sft.samples if s.index < work.settings.generations]
     own, initial = (answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init"))
-    return {**sft.measures(work.settings.generations), "kl_initial": kl(Judged(few, np.zeros(len(few))), own, initial)}
+    return {**sft.measures(work.settings.generations), "kl_initial": kl(few, own, initial)}
 
 
 def weighed(
@@ -131,20 +134,25 @@ def weighed(
         work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=template
     )
     assert logits is not None  # pi_SFT's answers were judged by the same demonstrations
-    judged = Judged(answers, logits)
-    policies = (work.round(made.round) / made.folder, *(work.run.path("policies", name) for name in ("sft", "init")))
+    place, name = work.round(made.round), work.reward
+    scores = scores_of({name: work.run.path("rewards", name)}, *scored_texts(answers), work.sampling, place / made.pool("weighed"))
+    judged = Judged(answers, logits, scores[name])
+    policies = (place / made.folder, *(work.run.path("policies", name) for name in ("sft", "init")))
     own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
-    gains = judged_gains(judged, sft)
-    say(f"optimise: {in_words(made.name)}: judged gain over SFT {gains.mean():+.2f} sd on {len(gains)} dev prompts")
+    gains, rewarded = gains_over(sft, judged)
+    said = f"gain over SFT {gains.mean():+.2f} sd by the judge, {rewarded.mean():+.2f} by the reward, on {len(gains)} dev prompts"
+    say(f"optimise: {in_words(made.name)}: {said}")
     about: dict[str, Any] = {
-        **{f"kl_{name}": kl(judged, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
+        **{f"kl_{name}": kl(answers, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
         **judged.measures(work.settings.generations),
     }
-    log, drawn = read_json(work.round(made.round) / "log.json"), sum(s.tokens for s in answers)
+    log, drawn = read_json(place / "log.json"), sum(s.tokens for s in answers)
     if made.last:  # what the training cost is counted once
         drawn += work.drawn(made.round) + log.get("drawn", 0)
     about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier)}
-    return Candidate(made.name, gains, {**about, "training": log if made.last else None}, None if made.last else f"round-{made.round}")
+    return Candidate(
+        made.name, gains, rewarded, {**about, "training": log if made.last else None}, None if made.last else f"round-{made.round}"
+    )
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
@@ -164,7 +172,7 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
         own = choice["candidates"][name]
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
         learned = source_of(work.settings).format(reward=work.scorer(made.round).name)
-        what = TUNED.format(**choice, **own["gain"], **costs, name=in_words(name), source=learned)
+        what = TUNED.format(**choice, **own["gain"], rewarded=own["reward_gain"]["mean"], **costs, name=in_words(name), source=learned)
     card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
     (policy / "README.md").write_text(card, encoding="utf-8")
     if made:

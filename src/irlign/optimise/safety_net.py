@@ -1,8 +1,9 @@
-"""Whether a policy may take pi_SFT's place: what the judge of held-out demonstrations says of it, the KL it cost, alarms, the choice.
+"""Whether a policy may take pi_SFT's place: what two witnesses say of it, the KL it cost, alarms, the choice.
 
-A policy that was trained toward a reward has learned the reward's mistakes too, and the reward cannot see them. So candidates are
-weighed by the judge of optimise/heldout.py on the dev prompts, paired with pi_SFT's answers, and pi_SFT stays where none is shown
-to be better. Pure functions of numbers.
+A policy that was trained toward a reward has learned the reward's mistakes too, and the reward cannot see them; one that was trained
+toward demonstrations may have learned what the judge of them likes, and the judge cannot see it. So candidates are weighed by both, by the
+judge of optimise/heldout.py and by the reward that selects, on the dev prompts, paired with pi_SFT's answers, and pi_SFT stays where they
+do not both show one to be better. Pure functions of numbers.
 """
 
 from collections import Counter
@@ -24,17 +25,11 @@ SFT = "sft"
 
 @dataclass(frozen=True)
 class Judged:
-    """The dev answers of one policy, and the judge's logit of each. Shape [rows]."""
+    """The dev answers of one policy, the judge's logit of each, and its reward, the one that selects. Shape [rows]."""
 
     samples: Sequence[Sample]
     logits: np.ndarray
-
-    def means(self, values: Sequence[float] | np.ndarray) -> dict[str, float]:
-        """The mean of the values over each prompt's answers."""
-        found: dict[str, list[float]] = {}
-        for sample, value in zip(self.samples, values, strict=True):
-            found.setdefault(sample.prompt.prompt_id, []).append(float(value))
-        return {prompt_id: float(np.mean(of)) for prompt_id, of in found.items()}
+    rewards: np.ndarray
 
     def measures(self, generations: int) -> dict[str, float]:
         """`tokens` of an answer, the share `finished`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ, and
@@ -53,11 +48,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A policy that may be published: the judge's gain of its answers over pi_SFT's at each dev prompt (shape [P]), what choice.json says of it, and, of one that
-    its training went past, the name of the one that it ended with."""
+    """A policy that may be published: the gains of its answers over pi_SFT's at each dev prompt by the judge and by the reward (shape [P]), what choice.json
+    says of it, and, of one that its training went past, the name of the one that it ended with."""
 
     name: str
     gains_P: np.ndarray
+    rewarded_P: np.ndarray
     about: Mapping[str, Any]
     before: str | None = None
 
@@ -67,17 +63,29 @@ def in_words(name: str) -> str:
     return name.replace("-", " ")
 
 
-def judged_gains(candidate: Judged, sft: Judged) -> np.ndarray:
-    """The judge's mean gain of a candidate's answers over pi_SFT's at each prompt, in standard deviations of its logit over pi_SFT's
-    answers. Shape [P]."""
-    own, base = candidate.means(candidate.logits), sft.means(sft.logits)
-    return np.array([own[prompt_id] - base[prompt_id] for prompt_id in base]) / (float(np.std(sft.logits)) or 1.0)
+def _means(samples: Sequence[Sample], values: np.ndarray) -> dict[str, float]:
+    """The mean of the values over each prompt's answers."""
+    found: dict[str, list[float]] = {}
+    for sample, value in zip(samples, values, strict=True):
+        found.setdefault(sample.prompt.prompt_id, []).append(float(value))
+    return {prompt_id: float(np.mean(of)) for prompt_id, of in found.items()}
 
 
-def kl(answers: Judged, own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any]:
+def gains_over(sft: Judged, candidate: Judged) -> tuple[np.ndarray, np.ndarray]:
+    """The mean gains of a candidate's answers over pi_SFT's at each prompt, by the judge and by the reward, in standard deviations of
+    either over pi_SFT's answers. Each of shape [P]."""
+
+    def gains(own_B: np.ndarray, base_B: np.ndarray) -> np.ndarray:
+        own, base = _means(candidate.samples, own_B), _means(sft.samples, base_B)
+        return np.array([own[prompt_id] - base[prompt_id] for prompt_id in base]) / (float(np.std(base_B)) or 1.0)
+
+    return gains(candidate.logits, sft.logits), gains(candidate.rewards, sft.rewards)
+
+
+def kl(answers: Sequence[Sample], own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any]:
     """KL(policy || other) in nats an answer, `E_{y ~ policy}[log policy(y|x) - log other(y|x)]`, estimated from the policy's own answers:
     the mean over prompts with its interval. Of the law as sampled only at temperature 1 without filters."""
-    return estimate(list(answers.means(own_B - other_B).values())).to_json()
+    return estimate(list(_means(answers, own_B - other_B).values())).to_json()
 
 
 def alarms_of(
@@ -116,17 +124,18 @@ def alarms_of(
     return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
 
 
-def choose(candidates: Sequence[Candidate]) -> tuple[str, list[float]]:
-    """The candidate to publish and each one's lower bound: the best bound, one-sided at 5 % for all of them together (Bonferroni), among
-    those without an alarm, and pi_SFT where none of these bounds lies above 0. A policy whose answers grow, say, may please the judge as
-    it pleases the reward (docs/studies/frozen_reward.md). One that a training went past stands in for the one that it ended with where that may not be
+def choose(candidates: Sequence[Candidate]) -> tuple[str, np.ndarray]:
+    """The candidate to publish, and each one's lower bounds by the judge and by the reward, shape [C, 2]: the best of the judge's bounds,
+    one-sided at 5 % for all candidates together (Bonferroni), among those that both bounds show to gain and no alarm speaks against, and pi_SFT
+    where there is none. A policy whose answers grow, say, may please the judge as it pleases the reward (docs/studies/frozen_reward.md). One that a training went past stands in for the one that it ended with where that may not be
     published (an alarm is raised too where it is shown to lie below): where the judge tells them apart no better than chance, the reward has had longer."""
     if not candidates:
-        return SFT, []
-    low_C = lower_bounds(np.stack([c.gains_P for c in candidates], axis=1), ALPHA / len(candidates))
-    fit = {c.name: low for c, low in zip(candidates, low_C, strict=True) if low > 0 and not c.about.get("alarms")}
+        return SFT, np.zeros((0, 2))
+    by = (np.stack(gains, axis=1) for gains in ([c.gains_P for c in candidates], [c.rewarded_P for c in candidates]))
+    low_C_2 = np.stack([lower_bounds(gains_P_C, ALPHA / len(candidates)) for gains_P_C in by], axis=1)
+    fit = {c.name: lows[0] for c, lows in zip(candidates, low_C_2, strict=True) if lows.min() > 0 and not c.about.get("alarms")}
     ends = {c.name: fit[c.name] for c in candidates if c.name in fit and c.before not in fit}
-    return max(ends, key=lambda name: ends[name], default=SFT), low_C.tolist()
+    return max(ends, key=lambda name: ends[name], default=SFT), low_C_2
 
 
 def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
@@ -134,17 +143,22 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
 
     `kept` says why there is no candidate, where there is none.
     """
-    published, low_C = choose(candidates)
+    published, low_C_2 = choose(candidates)
     count = f"{len(candidates)} candidates" if len(candidates) > 1 else "the one candidate"
     why = f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept"
+    better = [c for c, (low, _) in zip(candidates, low_C_2, strict=True) if low > 0]
     if published != SFT:
         why = f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}"
         if last := next(c.before for c in candidates if c.name == published):
             why = f"its judged gain over SFT is above 0 at 5% for {count}, and {in_words(last)}, with which its training ended, may not be published"
-    elif alarmed := next((c for c, low in zip(candidates, low_C, strict=True) if low > 0), None):
+    elif alarmed := next((c for c in better if c.about.get("alarms")), None):
         why = f"{in_words(alarmed.name)} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
+    elif better:
+        why = f"{in_words(better[0].name)} is judged better, and the reward does not show it to be, so SFT is kept"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
-    for candidate, low in zip(candidates, low_C, strict=True):
-        found[candidate.name] = {"gain": {"mean": float(candidate.gains_P.mean()), "low": low}, **candidate.about}
+    for candidate, lows in zip(candidates, low_C_2.tolist(), strict=True):
+        means = (float(gains_P.mean()) for gains_P in (candidate.gains_P, candidate.rewarded_P))
+        gains = ({"mean": mean, "low": low} for mean, low in zip(means, lows, strict=True))
+        found[candidate.name] = {**dict(zip(("gain", "reward_gain"), gains, strict=True)), **candidate.about}
     prompts = len(candidates[0].gains_P) if candidates else 0
     return {"published": published, "why": why if candidates else f"{kept}, so SFT is kept", "prompts": prompts, "candidates": found}
