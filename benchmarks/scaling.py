@@ -40,8 +40,8 @@ from transformers import LlamaConfig
 from irlign.config import parse_seeds
 from irlign.costs import SAMPLING, SCORING, TRAINING
 from irlign.machine import matmul_flops, peak_memory_mib, reset_peak_memory
-from irlign.plan import SCORING_TOKENS
 from irlign.sizes import shape_of
+from irlign.stage_costs import SCORING_TOKENS
 
 BATCH, MIB, QUANTITIES = 8, 1 << 20, {"seconds": "planned_seconds", "own_mib": "planned_mib"}
 HERE: dict[

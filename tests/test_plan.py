@@ -14,10 +14,11 @@ from irlign.config import load_recipe
 from irlign.costs import Shape, Speed
 from irlign.data.chat import Format
 from irlign.errors import ConfigError, DataError, ModelError
-from irlign.plan import plan, short, stages
+from irlign.plan import plan, short
 from irlign.policy.load import count_parameters, load_policy, load_tokenizer
 from irlign.recipe import Recipe
 from irlign.sizes import Sizes, file_sizes, shape_of, world_sizes
+from irlign.stage_costs import stages
 
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(1000, looked_up=0, head=200, layers=1, hidden=10, attention=10, kept=10, vocabulary=20)
@@ -55,10 +56,10 @@ def test_every_stage_by_hand():
     # 208 candidates under the reward and two policies; the judge reads them, pi_0's 40, 30 demonstrations and 4 x 30 exchanged ones
     assert bon.read == (3 * 208 + 208 + 40 + 150) * 20
     assert bon.flops == SHAPE.read(208, 20, False) + 2 * SHAPE.read(208, 20) + SHAPE.read(398, 20, False)
-    # a winner of each of 10 train prompts; 26 prompts x 4 answers drawn; 30 answers under the reward and the likelihood, 80 on dev under
+    # a winner of each of 10 train prompts; 26 prompts x 4 answers drawn; 30 answers and 80 on dev under the reward and the likelihood, these under
     # three policies, 80 of pi_SFT under two; the judge reads 80, pi_0's 40 and the demonstrations
     assert optimise.trained == 3 * 10 * 20 and optimise.generated == 26 * 4 * 15
-    assert optimise.read == (2 * 30 + 3 * 80 + 2 * 80 + 80 + 40 + 150) * 20
+    assert optimise.read == (2 * 30 + 2 * 80 + 3 * 80 + 2 * 80 + 80 + 40 + 150) * 20
     assert evaluation.read == 2 * (12 + 6) * 20
 
 
@@ -81,7 +82,7 @@ def test_every_policy_method_by_hand(method, trained, drawn, scored, besides):
     the earlier one answers 20 dev prompts alone."""
     found, candidates = _stages(f"optimise.method={method}")["optimise"], 1 + bool(drawn)
     assert found.trained == trained * 20 and found.generated == (26 * 4 + 20 * 4 * (candidates - 1) + drawn) * 15
-    weighed = candidates * (3 * 80 + 80 + 40 + 150) + 2 * 80
+    weighed = candidates * (2 * 80 + 3 * 80 + 80 + 40 + 150) + 2 * 80
     assert found.read == pytest.approx((2 * scored + besides * trained + weighed) * 20)
     assert found.seconds > 0 and found.memory >= _stages()["optimise"].memory
 
@@ -170,7 +171,7 @@ def test_an_endpoint_takes_no_time_here_and_has_a_price():
 
 @pytest.fixture
 def cpu(monkeypatch):
-    monkeypatch.setattr("irlign.plan.has_cuda", lambda: False)
+    monkeypatch.setattr("irlign.stage_costs.has_cuda", lambda: False)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     return monkeypatch
 
