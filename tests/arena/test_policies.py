@@ -36,6 +36,8 @@ def test_a_row_is_what_the_pipeline_publishes(tmp_path, monkeypatch):
     assert distill.curve_P_n.shape == (8, 1) and not np.array_equal(distill.chosen_P, found.methods["SFT"].chosen_P)
 
     run = Run.read(place.folder)
+    card = run.path("policies/distill/README.md").read_text()
+    assert "# distill: a policy that needs no reward" in card and "`optimise-distill/choice.json` of its run" in card
     chosen = read_json(run.path("best_of_n/choice.json"))
     assert found.methods[CHOSEN].n == chosen["n"]
     choice = read_json(run.path("optimise-distill/choice.json"))

@@ -33,7 +33,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [alignment-from-demonstrations, inverse-reinforcement-learning]
 ---
-# aligned: a policy that needs no reward at inference
+# {name}: a policy that needs no reward at inference
 
 {what} Made by irlign {version}.
 
@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
 ```
-Prompts are read in {template}. `optimise/choice.json` of its run says what was tried and how it was weighed.
+Prompts are read in {template}. `{stage}/choice.json` of its run says what was tried and how it was weighed.
 """
 TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts, and the reward `{selector}` {rewarded:+.2f}. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
@@ -173,7 +173,8 @@ def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
         costs = {key: own[f"kl_{key}"]["mean"] for key in ("sft", "initial")}
         learned = source_of(work.settings).format(reward=work.scorer(made.round).name)
         what = TUNED.format(**choice, **own["gain"], rewarded=own["reward_gain"]["mean"], **costs, name=in_words(name), source=learned)
-    card = CARD.format(what=what, version=version, template=template_in_words(work.chat_template))
+    about = {"name": work.name, "stage": work.stage, "version": version, "template": template_in_words(work.chat_template)}
+    card = CARD.format(what=what, **about)
     (policy / "README.md").write_text(card, encoding="utf-8")
     if made:
         publish_card(pool, work.name, stored_statistics(pool), work.sampling)
