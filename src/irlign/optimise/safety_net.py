@@ -125,17 +125,22 @@ def alarms_of(
 
 
 def choose(candidates: Sequence[Candidate]) -> tuple[str, np.ndarray]:
-    """The candidate to publish, and each one's lower bounds by the judge and by the reward, shape [C, 2]: the best of the judge's bounds,
-    one-sided at 5 % for all candidates together (Bonferroni), among those that both bounds show to gain and no alarm speaks against, and pi_SFT
-    where there is none. A policy whose answers grow, say, may please the judge as it pleases the reward (docs/studies/frozen_reward.md). One that a training went past stands in for the one that it ended with where that may not be
-    published (an alarm is raised too where it is shown to lie below): where the judge tells them apart no better than chance, the reward has had longer."""
+    """The candidate to publish, and each one's lower bounds by the judge and by the reward, shape [C, 2], one-sided at 5 % for all candidates together
+    (Bonferroni). Fit is one that both bounds show to gain and no alarm speaks against: a policy whose answers grow, say, may please the judge as it
+    pleases the reward (docs/studies/frozen_reward.md). Of the fit the first round is published, a later one where the judge shows it to beat
+    that, and pi_SFT where none is fit. Within a round it is the policy that the training ended with; one that it went past stands in where that may not
+    be published (an alarm is raised too where it is shown to lie below): where the judge tells them apart no better than chance, the reward has had longer."""
     if not candidates:
         return SFT, np.zeros((0, 2))
+    alpha = ALPHA / len(candidates)
     by = (np.stack(gains, axis=1) for gains in ([c.gains_P for c in candidates], [c.rewarded_P for c in candidates]))
-    low_C_2 = np.stack([lower_bounds(gains_P_C, ALPHA / len(candidates)) for gains_P_C in by], axis=1)
-    fit = {c.name: lows[0] for c, lows in zip(candidates, low_C_2, strict=True) if lows.min() > 0 and not c.about.get("alarms")}
-    ends = {c.name: fit[c.name] for c in candidates if c.name in fit and c.before not in fit}
-    return max(ends, key=lambda name: ends[name], default=SFT), low_C_2
+    low_C_2 = np.stack([lower_bounds(gains_P_C, alpha) for gains_P_C in by], axis=1)
+    fit = {c.name: c for c, lows in zip(candidates, low_C_2, strict=True) if lows.min() > 0 and not c.about.get("alarms")}
+    best: Candidate | None = None
+    for one in (c for c in fit.values() if c.before not in fit):
+        if best is None or lower_bounds((one.gains_P - best.gains_P)[:, None], alpha)[0] > 0:
+            best = one
+    return best.name if best else SFT, low_C_2
 
 
 def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
@@ -148,9 +153,9 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
     why = f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept"
     better = [c for c, (low, _) in zip(candidates, low_C_2, strict=True) if low > 0]
     if published != SFT:
-        why = f"its judged gain over SFT has the best lower bound, above 0 at 5% for {count}"
+        why = f"by the judge and by the reward its gain over SFT is above 0 at 5% for {count}"
         if last := next(c.before for c in candidates if c.name == published):
-            why = f"its judged gain over SFT is above 0 at 5% for {count}, and {in_words(last)}, with which its training ended, may not be published"
+            why += f", and {in_words(last)}, with which its training ended, may not be published"
     elif alarmed := next((c for c in better if c.about.get("alarms")), None):
         why = f"{in_words(alarmed.name)} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
     elif better:
