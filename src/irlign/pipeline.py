@@ -19,6 +19,7 @@ from irlign.files import read_json, write_json, write_rows, write_table
 from irlign.inputs import contrast_answers, read_splits, take_checkpoint
 from irlign.launch import launch
 from irlign.optimise.label_free import JUDGE
+from irlign.optimise.safety_net import RULE
 from irlign.optimise.work import stage_of
 from irlign.preflight import check_stage, judge_note, preflight
 from irlign.progress import say
@@ -272,8 +273,8 @@ def bon(recipe: Recipe, run: Run) -> None:
 
 def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
     """From the reward to a policy that needs none at inference, in policies/aligned: the candidate of `optimise.method` that the judge of
-    held-out demonstrations shows to beat pi_SFT, and pi_SFT itself where it shows none (optimise/safety_net.py). Under another name it
-    is published beside it, by a stage of its own."""
+    held-out demonstrations and the reward that selects both show to beat pi_SFT, and pi_SFT itself where there is none
+    (optimise/safety_net.py). Under another name it is published beside it, by a stage of its own."""
     settings, template, stage = recipe.optimise, recipe.data.chat_template, stage_of(name)
     if settings.method == "none":
         run.do(stage, lambda folder: None, settings={"method": "none"})  # takes back what an earlier recipe published
@@ -301,6 +302,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
             "sampling": here.identity,
             "reward": selector,
             "judge": JUDGE,
+            "safety_net": RULE,
             "chat_template": template,
             **learning,
             **recipe.processes.identity,

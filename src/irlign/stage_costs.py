@@ -207,8 +207,8 @@ def _rows_of_rounds(recipe: Recipe, sizes: Sizes, own: float) -> float:
 
 
 def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed: Speed) -> list[Stage]:
-    """Every round of the method: what it learns from is drawn and scored, it trains, and its answers on dev and test are drawn, judged and
-    read under three policies; nothing where the judge has too few demonstrations. An encoder that rlsr compares with is left out."""
+    """Every round of the method: what it learns from is drawn and scored, it trains, and its answers on dev and test are drawn, judged, scored
+    and read under three policies; nothing where the judge has too few demonstrations. An encoder that rlsr compares with is left out."""
     o, s, p, dev = recipe.optimise, recipe.sampling, sizes.prompts, sizes.rows["dev"]
     if o.method == "none" or min(dev, p["dev"]) < FEWEST:
         return []

@@ -12,12 +12,14 @@ from small import small_recipe, witnesses
 
 from irlign.config import load_recipe
 from irlign.errors import ConfigError
-from irlign.files import hash_path, read_table
+from irlign.files import hash_path, read_table, write_json
 from irlign.optimise import align, methods, safety_net
+from irlign.optimise.scoring import scores_of
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
 from irlign.records import Demonstration, Prompt, Sample
+from irlign.runs import Run
 
 WEIGHTS = "model.safetensors"
 
@@ -95,7 +97,7 @@ def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied,
     own = choice["candidates"]["round-1"]
     assert choice["published"] == "sft" and own["gain"]["low"] > 0 > own["reward_gain"]["mean"] and own["alarms"] == []
     assert choice["reward"] is None and choice["selector"] == json.loads((copied / "best_of_n/choice.json").read_text())["reward"]
-    said = "round 1 is judged better, and the reward does not show it to be"
+    said = "round 1 is judged better and the reward does not show it to be"
     assert results["headline"][0] == f"The aligned policy is SFT itself: {said}."
     html = (copied / "report.html").read_text()
     assert said in html and f"by the reward {choice['selector']}, on 20 dev prompts" in html
@@ -103,6 +105,26 @@ def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied,
     judge(50.0)
     run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
     assert _choice(copied)["published"] == "round-1"
+
+
+@pytest.mark.parametrize("selector", ["init-sft+likelihood", "likelihood", "init-sft"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_reward_weighs_as_it_selected(copied, monkeypatch, selector, workers):
+    """pi_SFT as its own candidate, the judge alone a stand-in: its answers have the rewards that best_of_n/candidates.parquet holds."""
+    recipe = load_recipe(Recipe, small_recipe(copied, sampling={"num_workers": workers}))
+    witnesses(monkeypatch, [50.0])
+    monkeypatch.setattr(align, "scores_of", scores_of)
+    with Run.open(copied, recipe) as opened:
+        place, stored = copied / "weighed", align.stored_samples(opened, "sft", "dev")
+        work = Work(opened, recipe.optimise, recipe.sampling, selector, recipe.data.chat_template, place)
+        shutil.copytree(copied / "policies/sft", work.round(1) / "policy")
+        write_json(work.round(1) / "log.json", {"tokens": 0})
+        rows = read_table(copied / "best_of_n/candidates.parquet", split="dev")
+        sft = safety_net.Judged(stored, np.zeros(len(stored)), np.array([row[f"reward/{selector}"] for row in rows]))
+        found = align.weighed(work, work.made(1)[-1], stored, sft, align.measures_of_sft(work, sft), [], [])
+    assert np.std(sft.rewards) > 0 and found.rewarded_P == pytest.approx(np.zeros(20), abs=1e-4)
+    assert found.about["kl_sft"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert (len(list(work.round(1).glob("weighed/*.parquet"))) > 0) == (workers > 1)
 
 
 def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copied, judge):

@@ -92,7 +92,7 @@ def test_what_the_judge_likes_and_the_reward_does_not_show_is_not_published():
         assert choice["published"] == published
         assert choice["candidates"]["round-1"]["reward_gain"]["mean"] == pytest.approx(np.mean(rewarded))
         assert (choice["candidates"]["round-1"]["reward_gain"]["low"] > 0) == (published != "sft")
-    assert choice["why"] == "round 1 is judged better, and the reward does not show it to be, so SFT is kept"
+    assert choice["why"] == "round 1 is judged better and the reward does not show it to be, so SFT is kept"
     both = [_candidate("round-1", liked, rewarded=liked), _candidate("round-2", liked + 0.1, rewarded=liked / 2)]
     assert choose(both)[0] == "round-2" and choose([both[0], _candidate("round-2", liked + 0.1, rewarded=-liked)])[0] == "round-1"
     assert choose([_candidate("round-1", -liked, rewarded=liked)])[0] == "sft"  # nor is the reward enough
@@ -113,19 +113,24 @@ def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, **nats):
 
 def test_each_alarm_goes_off_where_it_should():
     sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
-    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, [fine - 0.1]) == []
+    assert (
+        alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, [_candidate("before", fine - 0.1)])
+        == []
+    )
     assert alarms_of(_measures(distinct_answers=0.2, kl_sft=(3.1, 3.2, 3.3)), sft, fine, []) == []  # as the best of 64 repeat
     grown, repeated, below, turned = (
         alarms_of(_measures(tokens=31.0), sft, fine, []),
         alarms_of(_measures(distinct_answers=0.39, kl_sft=(3.2, 3.3, 3.4)), sft, fine, []),
         alarms_of(_measures(), sft, -fine, []),
-        alarms_of(_measures(), sft, fine, [fine + 0.2, fine - 0.2]),
+        alarms_of(_measures(), sft, fine, [_candidate("one", fine + 0.2), _candidate("two", fine - 0.2)]),
     )
     assert [a["name"].split("'s ")[-1] for a in grown + repeated] == ["answers have grown", "answers repeat"]
     assert "turns down" in below[0]["name"] and "-0.30 sd, and was +0.00" in below[0]["seen"]
     assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
     noisy = np.random.default_rng(0).normal(size=40)
-    assert alarms_of(_measures(), sft, noisy, [noisy[::-1]]) == []  # a fall within the noise is none
+    assert alarms_of(_measures(), sft, noisy, [_candidate("one", noisy[::-1])]) == []  # a fall within the noise is none
+    liked = _candidate("one", fine + 0.2, rewarded=-fine)  # what the reward does not show to gain sets no mark
+    assert alarms_of(_measures(), sft, fine, [liked]) == []
 
 
 def test_one_answer_to_many_prompts_is_an_alarm_however_near_the_policy_is():
@@ -159,6 +164,9 @@ def test_a_candidate_with_an_alarm_is_not_published():
     assert choose([grown])[0] == "sft" and choose([grown, plain])[0] == "round-2" and choose([plain, grown])[0] == "round-2"
     why = choice_of([grown], {})["why"]
     assert why == "round 1 is judged better and raises an alarm (the answers have grown), so SFT is kept"
+    refused = _candidate("round-2", np.full(50, 0.5) + np.arange(50) / 50, rewarded=np.zeros(50))
+    both = "round 1 is judged better and raises an alarm (the answers have grown); round 2 is judged better and the reward does not show it to be"
+    assert choice_of([grown, refused], {})["why"] == f"{both}, so SFT is kept"
 
 
 def test_choice_json_says_why():

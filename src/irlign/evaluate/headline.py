@@ -60,6 +60,8 @@ def _aligned(results: Mapping[str, Any]) -> list[str]:
     gain, test = own["gain"], find_test(results, "aligned", "sft")
     if test is None:
         judged = f"{gain['mean']:+.2f} standard deviations from SFT's (at least {gain['low']:+.2f}) on {choice['prompts']} dev prompts"
+        if "reward_gain" in own:  # newer than some runs
+            judged += f", the reward {own['reward_gain']['mean']:+.2f}"
         return [f"{policy} was chosen without labels: a judge of held-out demonstrations puts its answers {judged}, {cost}."]
     words = {"better": "beats SFT by", "worse": "is worse than SFT:", "": "is not shown to beat SFT:"}[verdict(test["ci95"])]
     amount = f"{test['mean_difference']:+.2f} {_ci(test['ci95'])} in {results['golden']['name']}, over {test['prompts']} test prompts"

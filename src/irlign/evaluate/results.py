@@ -205,7 +205,7 @@ def _aligned(optimised: Mapping[str, Any] | None, sft: Group, samples: Callable[
 
 
 def _kept_alarms(optimised: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Where SFT was kept, the alarms of what the judge shows to be better: they are why it is not published. One without a gain needs no alarm."""
+    """Where SFT was kept, the alarms of what the judge shows to be better: they keep it from being published. One without a gain needs no alarm."""
     if optimised is None or optimised["published"] != "sft":
         return []
     better = {name: of for name, of in optimised["candidates"].items() if name != "sft" and of["gain"]["low"] > 0}

@@ -77,7 +77,7 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
             break
         for made in work.made(number):
             answers = [s for s in _answers(work, made) if s.prompt.split == "dev"]
-            found.append(weighed(work, made, answers, sft, base, shown, [c.gains_P for c in found]))
+            found.append(weighed(work, made, answers, sft, base, shown, found))
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
@@ -126,7 +126,7 @@ def weighed(
     sft: Judged,
     base: dict[str, Any],
     shown: Sequence[Demonstration],
-    earlier: Sequence[np.ndarray],
+    earlier: Sequence[Candidate],
 ) -> Candidate:
     """A policy that a round has made as a candidate: judged, with the KL it cost, and alarms."""
     template = work.chat_template

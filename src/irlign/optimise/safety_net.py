@@ -21,6 +21,7 @@ LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, d
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
+RULE = "judge and reward, the first round or one shown to beat it"  # of the choice, for the stage's record: another one is another choice
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,17 @@ def kl(answers: Sequence[Sample], own_B: np.ndarray, other_B: np.ndarray) -> dic
 
 
 def alarms_of(
-    measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[np.ndarray]
+    measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate]
 ) -> list[dict[str, str]]:
     """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, one answer to many prompts, a policy that
-    has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier round.
+    has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the reward shows to gain.
 
     Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
     most: up to there a prompt's answers grow alike in Best-of-n too, and where one answer is right that is what there is to learn. Far is `kl_sft`
     beyond that and beyond `kl_initial` of pi_SFT: the judge has seen no such answers, and what training finds out there pleases it for nothing.
     """
     found = []
+    confirmed = [of.gains_P for of in earlier if lower_bounds(of.rewarded_P[:, None])[0] > 0]
     if measures["tokens"] > LONGER * sft["tokens"]:
         seen = f"{measures['tokens']:.0f} tokens an answer, and SFT's have {sft['tokens']:.0f}"
         found.append(("the aligned policy's answers have grown", seen, "read the samples: the reward may pay for length"))
@@ -115,7 +117,7 @@ def alarms_of(
         seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers at most {most:.1f}"
         do = "lower optimise.learning_rate or num_train_epochs, or hold it harder where the method has a beta"
         found.append(("the aligned policy has moved far from SFT", seen, do))
-    best = max([np.zeros_like(gains_P), *earlier], key=lambda of: float(of.mean()))
+    best = max([np.zeros_like(gains_P), *confirmed], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
         seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
         found.append(
@@ -143,6 +145,13 @@ def choose(candidates: Sequence[Candidate]) -> tuple[str, np.ndarray]:
     return best.name if best else SFT, low_C_2
 
 
+def _refused(judged_better: Candidate) -> str:
+    """Why a candidate that the judge shows to gain is not published."""
+    alarms = judged_better.about.get("alarms")
+    but = f"raises an alarm ({alarms[0]['name']})" if alarms else "the reward does not show it to be"
+    return f"{in_words(judged_better.name)} is judged better and {but}"
+
+
 def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
     """What choice.json says of the choice: `published` (the candidate's name, or `sft`), `why`, and `candidates`, pi_SFT first.
 
@@ -156,10 +165,8 @@ def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str
         why = f"by the judge and by the reward its gain over SFT is above 0 at 5% for {count}"
         if last := next(c.before for c in candidates if c.name == published):
             why += f", and {in_words(last)}, with which its training ended, may not be published"
-    elif alarmed := next((c for c in better if c.about.get("alarms")), None):
-        why = f"{in_words(alarmed.name)} is judged better and raises an alarm ({alarmed.about['alarms'][0]['name']}), so SFT is kept"
     elif better:
-        why = f"{in_words(better[0].name)} is judged better, and the reward does not show it to be, so SFT is kept"
+        why = f"{'; '.join(map(_refused, better))}, so SFT is kept"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
     for candidate, lows in zip(candidates, low_C_2.tolist(), strict=True):
         means = (float(gains_P.mean()) for gains_P in (candidate.gains_P, candidate.rewarded_P))
