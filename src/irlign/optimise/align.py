@@ -44,7 +44,7 @@ model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelFo
 ```
 Prompts are read in {template}. `{stage}/choice.json` of its run says what was tried and how it was weighed.
 """
-TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts, and the reward `{selector}` {rewarded:+.2f}. KL to the SFT
+TUNED = """Trained by `{method}` ({name}) from {source}. A judge of held-out demonstrations, which had no part in it, puts its answers {mean:+.2f} standard deviations above those of the SFT policy (at least {low:+.2f}) on {prompts} dev prompts, and `{selector}`, the reward that selects, {rewarded:+.2f}. KL to the SFT
 policy: {sft:.1f} nats an answer, to the initial policy {initial:.1f}."""
 
 
