@@ -22,9 +22,8 @@ from irlign import __version__, pipeline
 from irlign.config import parse_seeds
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, read_table, write_json
-from irlign.optimise.align import improve, measures_of_sft, weighed
+from irlign.optimise.align import improve, judged_sft, measures_of_sft, weighed
 from irlign.optimise.methods import METHODS, own_config
-from irlign.optimise.safety_net import Judged
 from irlign.optimise.work import SEEDS_APART, Work
 from irlign.recipe import as_recipe
 from irlign.records import Demonstration, Sample
@@ -97,8 +96,7 @@ def study(root: Path, seed: int, rounds: int, overrides: Sequence[str]) -> dict[
             stage(recipe, run)
         golden, shown = recipe.world.golden, stored_demonstrations(run, "dev")  # type: ignore[union-attr]
         rows = [row for row in read_table(run.path("best_of_n/candidates.parquet")) if row["split"] == "dev"]
-        columns = (np.array([row[of] for row in rows]) for of in ("judge", f"reward/{recipe.reward.name}"))
-        sft = Judged([Sample.from_row(row) for row in rows], *columns)
+        sft = judged_sft(rows, recipe.reward.name)
         pool = stored_samples(run, "sft", "dev", "test")
         wanted = [(p, recipe.optimise.generations) for p in {s.prompt.prompt_id: s.prompt for s in pool}.values()]
         start = measures(golden, [s for s in pool if s.prompt.split == "test"], np.zeros(len(shown)), [])

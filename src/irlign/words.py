@@ -16,9 +16,8 @@ def optimised(choice: Mapping[str, Any] | None) -> str:
     base = choice["candidates"].get("sft")
     for name, of in choice["candidates"].items():
         if name != "sft":
-            rewarded = (
-                f", {_gain(of['reward_gain'])} by the reward {choice['selector']}," if "reward_gain" in of else ""
-            )  # newer than some runs
+            # newer than some runs
+            rewarded = f", {_gain(of['reward_gain'])} by the reward {choice['selector']}," if "reward_gain" in of else ""
             words.append(
                 f"{name.replace('-', ' ').capitalize()}: gain over SFT {_gain(of['gain'])} by the judge{rewarded} on "
                 f"{choice['prompts']} dev prompts; KL to SFT {of['kl_sft']['mean']:.1f} nats an answer, to the initial policy "

@@ -128,6 +128,10 @@ def test_the_aligned_policy_comes_first_in_the_headline(low, high, words):
     assert f"at inference, {words}" in lines[0] and "for 2.3 nats of KL" in lines[0] and lines[1:] == without
     unlabelled = headline({**_results(None), "optimise": results["optimise"]})
     assert "without labels" in unlabelled[0] and "+0.50 standard deviations" in unlabelled[0] and "beats" not in unlabelled[0]
+    assert "the reward" not in unlabelled[0]  # a run from before the reward was asked
+    own["reward_gain"] = {"mean": 0.25, "low": 0.1}
+    both = headline({**_results(None), "optimise": results["optimise"]})[0]
+    assert "on 40 dev prompts, the reward +0.25, for 2.3 nats" in both
     results["optimise"] = {"published": "sft", "method": "distill", "why": "none is shown to be better, so SFT is kept"}
     assert headline(results) == ["The aligned policy is SFT itself: none is shown to be better.", *without]
 

@@ -79,9 +79,8 @@ def test_an_earlier_policy_stands_in_for_the_last_where_that_may_not_be_publishe
         assert choice["published"] == choose(candidates)[0] == published
         assert ("round 1, with which its training ended, may not be published" in choice["why"]) == (published != "round-1")
     worse = _candidate("round-2", np.tile([0.5, 0.4], 50), {"alarms": []})
-    assert (
-        choose([half, _candidate("round-1", np.zeros(100), {}), worse])[0] == "round-1-at-50%"
-    )  # a later round has to be better than that
+    three = [half, _candidate("round-1", np.zeros(100)), worse]
+    assert choose(three)[0] == "round-1-at-50%"  # a later round has to be better than that
 
 
 def test_what_the_judge_likes_and_the_reward_does_not_show_is_not_published():
@@ -113,10 +112,8 @@ def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, **nats):
 
 def test_each_alarm_goes_off_where_it_should():
     sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
-    assert (
-        alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, [_candidate("before", fine - 0.1)])
-        == []
-    )
+    lower = [_candidate("before", fine - 0.1)]
+    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, lower) == []
     assert alarms_of(_measures(distinct_answers=0.2, kl_sft=(3.1, 3.2, 3.3)), sft, fine, []) == []  # as the best of 64 repeat
     grown, repeated, below, turned = (
         alarms_of(_measures(tokens=31.0), sft, fine, []),

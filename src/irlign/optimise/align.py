@@ -6,7 +6,7 @@ goes on from the one before.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,9 +59,7 @@ def align(work: Work, version: str) -> dict[str, Any]:
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, too_few(prompts_shown(shown)))
     else:
-        columns = (np.array([row[of] for row in rows]) for of in ("judge", f"{SCORE}{work.reward}"))
-        sft = Judged([Sample.from_row(row) for row in rows], *columns)
-        choice = _rounds(work, sft, shown, version)
+        choice = _rounds(work, judged_sft(rows, work.reward), shown, version)
     choice = {"method": work.settings.method, "reward": reward, "selector": work.reward, **choice, "demonstrations": len(shown)}
     _publish(work, choice, version)
     return choice
@@ -112,6 +110,12 @@ def improve(work: Work, number: int, shown: Sequence[Demonstration], version: st
     return True
 
 
+def judged_sft(rows: Sequence[Mapping[str, Any]], reward: str) -> Judged:
+    """pi_SFT's answers from rows of candidates.parquet, as the judge and the reward of this name have scored them there."""
+    logits, rewards = (np.array([row[column] for row in rows]) for column in ("judge", f"{SCORE}{reward}"))
+    return Judged([Sample.from_row(row) for row in rows], logits, rewards)
+
+
 def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
     """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
     few = [s for s in sft.samples if s.index < work.settings.generations]
@@ -150,9 +154,8 @@ def weighed(
     if made.last:  # what the training cost is counted once
         drawn += work.drawn(made.round) + log.get("drawn", 0)
     about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier)}
-    return Candidate(
-        made.name, gains, rewarded, {**about, "training": log if made.last else None}, None if made.last else f"round-{made.round}"
-    )
+    about["training"], before = (log, None) if made.last else (None, f"round-{made.round}")
+    return Candidate(made.name, gains, rewarded, about, before)
 
 
 def _publish(work: Work, choice: dict[str, Any], version: str) -> None:
