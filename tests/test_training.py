@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_tiny_policy
+from transformers import TrainingArguments
 
 from irlign import training
 from irlign.errors import ConfigError, ModelError
@@ -151,6 +152,17 @@ def test_a_gradient_that_is_not_finite_stops_before_its_update(policy, tmp_path,
     kept = sorted((tmp_path / "checkpoints").glob("checkpoint-*"))
     assert [folder.name for folder in kept] == ["checkpoint-2", "checkpoint-4"]
     assert all(bool(t.isfinite().all()) for folder in kept for t in load_file(folder / "model.safetensors").values())
+
+
+def test_a_process_trains_on_one_gpu(tmp_path):
+    class FourGPUs(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 4
+
+    about = {"seed": 0, "bf16": False, "report_to": "none"}
+    arguments = training_arguments(TrainerSettings(per_device_train_batch_size=8), tmp_path, config=(FourGPUs, {}), **about)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 8
 
 
 def test_memory_that_runs_out_is_an_error_with_a_remedy(policy, tmp_path, monkeypatch):

@@ -284,13 +284,16 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
     # the reward is trained anew, as it was trained before, or a discriminator of tokens beside it
     again = settings.refresh != "none" or settings.on_policy.dense == "discriminator"
     learning = {"learning": recipe.reward, "likelihood": recipe.best_of_n.likelihood} if again else {}
-    backbone = {"backbone": recipe.reward.backbone} if again and recipe.reward.backbone not in ("sft", "init") else {}
+    models = {"backbone": recipe.reward.backbone} if again and recipe.reward.backbone not in ("sft", "init") else {}
+    models |= {"encoder": settings.on_policy.encoder} if settings.method == "rlsr" and settings.on_policy.encoder != "words" else {}
 
     def build(folder: Path) -> dict[str, Any]:
         from irlign.optimise.align import align
         from irlign.optimise.work import Work
 
-        own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood
+        if settings.idle:
+            say(f"{stage}: of the recipe's keys {', '.join(settings.idle)} have no part in {settings.method}")
+        own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood, recipe.sampling.here.engine == here.here.engine
         choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, *own), __version__)
         return {key: choice[key] for key in ("method", "published", "why")}
 
@@ -311,7 +314,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
             *("best_of_n/candidates.parquet", "pools/sft.parquet", "pools/init.parquet", "data/train.parquet", "data/dev.parquet"),
             *("policies/sft", "policies/init", *(f"rewards/{name}" for name in dict.fromkeys((recipe.reward.name, *recipe.selectors)))),
         )
-        | backbone,
+        | models,
         outputs=[f"policies/{name}", f"pools/{name}.parquet", stage],
     )
     choice = read_json(run.path(stage, "choice.json"))

@@ -76,7 +76,8 @@ def check_method(recipe: Recipe) -> None:
     """Raises ConfigError where the library of the policy method is missing or its training arguments refuse a field, its discriminator's too."""
     o = recipe.optimise
     if o.method != "none":
-        _accepted(recipe, o, own_config(o, recipe.sampling))
+        together = o.per_device_train_batch_size * recipe.processes.count  # TRL asks whether prompts fill a step of all processes
+        _accepted(recipe, o.model_copy(update={"per_device_train_batch_size": together}), own_config(o, recipe.sampling))
     tokens, model = o.method == "grpo" and o.on_policy.dense == "discriminator", recipe.sft_model_name_or_path or recipe.model_name_or_path
     if o.method == "gad" or tokens:
         _accepted(recipe, o.discriminator)

@@ -111,6 +111,9 @@ def training_arguments(
             tracker()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"no such tracker here: {error}", where="report_to", do="install it, or use report_to=none") from error
+    arguments._n_gpu = min(
+        arguments.n_gpu, 1
+    )  # a process has one: several in one would make a step of as many times the rows, and losses of another scale
     return arguments
 
 
@@ -190,10 +193,10 @@ def fit(trainer: "Trainer", stage: str, checkpoints: Path) -> dict[str, Any]:
 
 def _too_large(trainer: "Trainer", stage: str, failed: str) -> ModelError:
     """The error for a batch that does not fit, with the largest that does: halved and tried, forward and backward, until one fits."""
-    size = trainer.args.per_device_train_batch_size
-    fits = next((n for n in (size >> k for k in range(1, size.bit_length())) if _fits(trainer, n)), None)
+    size, least = trainer.args.per_device_train_batch_size, getattr(trainer, "least_rows", 1)
+    fits = next((n for n in (size >> k for k in range(1, size.bit_length())) if n >= least and _fits(trainer, n)), None)
     what = f"out of memory with per_device_train_batch_size={size}" + ("" if fits is None else f"; {fits} fits")
-    do = "not one row fits: shorten the longest (data.max_length), set use_peft=true, or trainer.gradient_checkpointing=true"
+    do = f"not {'one row fits' if least == 1 else f'{least} rows fit'}: shorten the longest (data.max_length), set use_peft=true, or trainer.gradient_checkpointing=true"
     if fits is not None:
         do = f"set it to {fits} and gradient_accumulation_steps to {math.ceil(size * trainer.args.gradient_accumulation_steps / fits)}"
     error = ModelError(what, where=stage, do=do)

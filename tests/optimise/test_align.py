@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from small import small_recipe, witnesses
 
+from irlign import pipeline
 from irlign.config import load_recipe
-from irlign.errors import ConfigError
+from irlign.errors import ConfigError, GuardError
 from irlign.files import hash_path, read_table, write_json
 from irlign.optimise import align, methods, safety_net
 from irlign.optimise.scoring import scores_of
+from irlign.optimise.settings import OptimiseSettings
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
@@ -212,10 +214,76 @@ def test_more_answers_than_are_stored_are_drawn_from_the_sft_policy(copied, judg
     assert {s.completion for s in seen[0]} <= {s["completion"] for s in stored}
 
 
+def test_a_later_round_that_cannot_be_made_ends_the_rounds(copied, judge, monkeypatch):
+    """What the first one came to is published, and it is said; where it is the first, the error is the stage's."""
+    judge(50.0)
+    make = align.improve
+
+    def fails(at):
+        def improve(work, number, *rest):
+            if number == at:
+                raise GuardError("length alone tells 91% of the pairs apart", do="shorten")
+            return make(work, number, *rest)
+
+        monkeypatch.setattr(align, "improve", improve)
+
+    fails(2)
+    results = run(small_recipe(copied, optimise={"rounds": 3}))
+    choice, said = _choice(copied), "round 2 could not be made (length alone tells 91% of the pairs apart)"
+    assert choice["published"] == "round-1" and choice["why"].endswith(f"; {said}") and said in (copied / "report.html").read_text()
+    assert results["headline"][0].startswith("The aligned policy (distill), one answer")
+    fails(1)
+    with pytest.raises(GuardError, match="91%"):
+        run_stage("optimise", small_recipe(copied, optimise={"rounds": 2}))
+
+
+def test_answers_of_another_engine_are_drawn_again_for_the_comparison(copied, monkeypatch):
+    """A candidate is weighed against pi_SFT's answers as they are drawn here, as many to a prompt, where the stored ones come from elsewhere."""
+    recipe, weighed = load_recipe(Recipe, small_recipe(copied)), []
+    both = align.judged_by_both
+    monkeypatch.setattr(align, "judged_by_both", lambda work, answers, *rest: weighed.append(answers) or both(work, answers, *rest))
+    with Run.open(copied, recipe) as opened:
+        choices = []
+        for alike in (True, False):
+            about = {"drawn_alike": alike}
+            work = Work(opened, recipe.optimise, recipe.sampling, "init-sft", recipe.data.chat_template, copied / f"alike-{alike}", **about)
+            choices.append(align.align(work, "0"))
+    assert len(weighed) == 1 + 2
+    stored, again = read_table(copied / "pools/sft.parquet"), weighed[1]
+    assert {s.prompt.prompt_id for s in again} == {r["prompt_id"] for r in stored if r["split"] == "dev"} and len(again) == 20 * 2
+    assert {s.completion for s in again} - {r["completion"] for r in stored}
+    first, second = (choice["candidates"] for choice in choices)
+    assert first["round-1"]["gain"] != second["round-1"]["gain"] and first["round-1"]["kl_sft"] == second["round-1"]["kl_sft"]
+
+
+def test_pipeline_says_whose_engine_drew_the_pools(copied, monkeypatch):
+    seen = []
+    monkeypatch.setattr(align, "align", lambda work, _: seen.append(work.drawn_alike) or (_ for _ in ()).throw(GuardError("enough")))
+    for engine, changes in (("transformers", {}), ("vllm", {"vllm": {"python": "python"}}), ("cluster", {})):
+        with pytest.raises(GuardError), Run.open(copied, recipe := load_recipe(Recipe, small_recipe(copied))) as opened:
+            pipeline.optimise(
+                recipe.model_copy(update={"sampling": recipe.sampling.model_copy(update={"engine": engine, **changes})}), opened
+            )
+    assert seen == [True, False, True]
+
+
+def test_keys_of_other_methods_are_said_and_change_nothing(copied, judge, monkeypatch):
+    judge(50.0)  # for one candidate: a second training would find no witness
+    said = []
+    monkeypatch.setattr(pipeline, "say", said.append)
+    shared = {"method": "weighted-sft", "max_steps": 1}
+    run_stage("optimise", small_recipe(copied, optimise={**shared, "winners": 2, "preference": {"beta": 0.3}}))
+    assert "optimise: of the recipe's keys winners, preference have no part in weighted-sft" in said
+    run_stage("optimise", small_recipe(copied, optimise=shared))
+    assert OptimiseSettings(method="distill", winners=2, answers=4).idle == [] and OptimiseSettings(method="rloo", answers=4).idle == [
+        "answers"
+    ]
+
+
 def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):
     monkeypatch.setitem(align.METHODS, "distill", align.METHODS["distill"]._replace(rows=lambda *_: []))
     run_stage("optimise", small_recipe(copied))
-    assert _choice(copied)["published"] == "sft" and "no train prompt has a finished answer" in _choice(copied)["why"]
+    assert _choice(copied)["published"] == "sft" and "distill finds nothing to learn from" in _choice(copied)["why"]
 
 
 def test_weighted_sft_has_no_rounds(tmp_path):

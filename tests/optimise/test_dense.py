@@ -22,7 +22,6 @@ from irlign.optimise.rloo import OnPolicySettings, on_policy_config, train_on_po
 from irlign.optimise.settings import REWARDED, OptimiseSettings
 from irlign.optimise.work import Work
 from irlign.pipeline import run_stage
-from irlign.policy.likelihood import sequence_log_probs
 from irlign.policy.load import has_token_head, load_policy
 from irlign.preflight import check_method
 from irlign.recipe import Recipe
@@ -117,10 +116,7 @@ def test_the_log_ratio_of_the_tokens_sums_to_that_of_the_answer(tmp_path, policy
     tokens = LogRatioOfTokens(policy, other)(rows)
     whole = LogRatio(policy, other, "none").score([s.prompt.content for s in SAMPLES], [s.completion for s in SAMPLES])
     assert [len(own) for own in tokens] == [len(row.completion_ids) for row in rows]
-    ends = [Encoded(row.prompt_ids, row.completion_ids[:-1]) for row in rows]  # all ended, and EOS is paid nothing
-    own, initial = (sequence_log_probs(load_policy(str(folder)), ends) for folder in (policy, other))
-    assert [of.sum() for of in tokens] == pytest.approx(own - initial, abs=1e-4) and np.abs(own - initial).max() > 0.01
-    assert all(of[-1] == 0 for of in tokens) and whole != pytest.approx(own - initial, abs=1e-4)
+    assert [of.sum() for of in tokens] == pytest.approx(whole, abs=1e-4) and np.abs(whole).max() > 0.01
 
 
 def test_policies_of_other_tokens_have_no_log_ratio(tmp_path, policy):
@@ -145,6 +141,31 @@ def test_the_unit_is_a_spread_of_the_sft_answers_and_a_share_of_it(tmp_path, pol
         paid = pay([row.prompt_ids for row in rows], [row.completion_ids[: len(row.completion_ids) - ends] for row in rows])
         assert np.concatenate(paid).mean() == pytest.approx(0, abs=1e-12)
         assert np.std([own.sum() for own in paid]) == pytest.approx(0.25)
+
+
+def test_ending_costs_nothing_and_gains_nothing_where_it_is_not_paid(policy):
+    """Tokens worth 3 to 6 and an end worth 100: without it the average token gets 0, and so does the end; a cut answer has none."""
+    form, rows = _rows(policy)
+    worth = [np.where(np.arange(len(r.completion_ids)) % 2, 5.0, 3.0) + i % 2 for i, r in enumerate(rows)]
+    for own in worth:
+        own[-1] = 100.0
+    asked = [row.prompt_ids for row in rows], [row.completion_ids for row in rows]
+    paid = Dense(lambda of: [own[: len(row.completion_ids)].copy() for row, own in zip(of, worth, strict=True)], 1.0, {}, ends=False)
+    units = paid.in_units(form, SAMPLES, "reverse-kl")
+    whole, cut = units(*asked), units(asked[0], [ids[:-1] for ids in asked[1]])
+    assert all(own[-1] == 0 for own in whole) and np.concatenate([own[:-1] for own in whole]).mean() == pytest.approx(0, abs=1e-12)
+    assert all(np.allclose(own[:-1], other) for own, other in zip(whole, cut, strict=True)) and np.std(
+        [own.sum() for own in whole]
+    ) == pytest.approx(1)
+    assert (
+        dense_of(
+            SimpleNamespace(
+                settings=SimpleNamespace(on_policy=OnPolicySettings(dense="log-ratio")), run=SimpleNamespace(path=lambda *_: policy)
+            ),
+            1,
+        ).ends
+        is False
+    )
 
 
 def test_what_the_objective_makes_of_a_token(policy):
@@ -236,12 +257,12 @@ def test_a_method_has_the_reward_in_its_words_where_it_has_a_part():
     assert all(("{reward}" in method.source) == (name in REWARDED) for name, method in METHODS.items())
 
 
-def test_a_manifest_names_what_is_asked_for():
-    """A run of before there were these keys is still up to date where they say nothing."""
+def test_a_manifest_names_what_has_a_part():
     own = OptimiseSettings().identity
-    assert not {"dense", "max_length_ratio"} & own["on_policy"].keys() and "keep_checkpoints" not in own
+    assert not {"preference", "on_policy", "discriminator"} & own.keys() and (own["winners"], own["keep_checkpoints"]) == (1, [])
     asked = OptimiseSettings(method="grpo", on_policy={"dense": "log-ratio"})
-    assert asked.identity == {**asked.model_dump(), "keep_checkpoints": [0.5]}
+    whole = {**asked.model_dump(), "keep_checkpoints": [0.5]}
+    assert asked.identity == {key: value for key, value in whole.items() if key not in ("answers", "winners", "preference")}
     assert OptimiseSettings(method="rloo", keep_checkpoints=[]).identity["on_policy"]["max_length_ratio"] == 1.5
 
 

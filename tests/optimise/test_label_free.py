@@ -85,7 +85,7 @@ def test_a_judge_of_some_prompts_keeps_the_folds_of_all():
 def test_the_bounds_by_hand():
     """Gains over three prompts: at n = 2 always 1, at n = 4 on average 2 with a standard deviation of 2."""
     gains = np.array([[0, 1, 0], [0, 1, 2], [0, 1, 4.0]])
-    assert lower_bounds(gains) == pytest.approx([0, 1, 2 - 1.644854 * 2 / np.sqrt(3)], abs=1e-5)
+    assert lower_bounds(gains) == pytest.approx([0, 1, 2 - 2.919986 * 2 / np.sqrt(3)], abs=1e-5)  # Student's t of two degrees of freedom
 
 
 def curve(*points, likelier=False):
@@ -96,11 +96,11 @@ def curve(*points, likelier=False):
 
 def test_the_choice_by_hand():
     """One that is not shown is not taken, however high. Where picks are likely the largest n that is not beaten, else the best bound."""
-    unshown = (1, 0), (2, 2)  # at n = 4: 2 - 1.96 * 2 / sqrt(3) < 0
+    unshown = (1, 0), (2, 2)  # at n = 4: 2 - 4.30 * 2 / sqrt(3) < 0
     assert choose_n(curve(*unshown)) == choose_n(curve(*unshown, likelier=True)) == 2
-    level = (1, 0), (0.9, 0.2)  # 1 - 0.9 is less than 1.64 * 0.2 / sqrt(3) = 0.19
+    level = (1, 0), (0.9, 0.1)  # 1 - 0.9 is less than 2.92 * 0.1 / sqrt(3) = 0.17
     assert (choose_n(curve(*level)), choose_n(curve(*level, likelier=True))) == (2, 4)
-    fallen = (1, 0), (0.8, 0.2)
+    fallen = (1, 0), (0.8, 0.1)
     assert choose_n(curve(*fallen)) == choose_n(curve(*fallen, likelier=True)) == 2
     lost = (-1, 0), (-0.9, 0.2)
     assert choose_n(curve(*lost)) == choose_n(curve(*lost, likelier=True)) == 1
@@ -108,15 +108,15 @@ def test_the_choice_by_hand():
     assert choose_n(drifts) == 2  # at n = 4 the picks have left what pi_SFT knows
     assert choose_n(drifts._replace(likelier=~drifts.likelier)) == 4
     assert choose_n(curve((1, 0), (2, 0.2))._replace(likelier=drifts.likelier)) == 4  # and what is shown for sure may be taken all the same
-    longer = curve((1, 0), (1.1, 0.2), (1.2, 0.4))
+    longer = curve((1, 0), (1.1, 0.1), (1.2, 0.2))
     on_the_way = [(True, True, 8), (True, False, 4), (False, True, 2), (False, False, 2)]  # at 4 and at 8; a gap on the way ends it
     for at_4, at_8, n in on_the_way:
         assert choose_n(longer._replace(likelier=np.array([False, False, at_4, at_8]))) == n
 
 
 def test_more_looks_ask_for_more():
-    """One gain of 1.8 standard errors: shown alone (1.64), not among two (1.96)."""
-    one = curve((1.8 / np.sqrt(3), 1))
+    """One gain of 3.5 standard errors over three prompts: shown alone (2.92), not among two (4.30)."""
+    one = curve((3.5 / np.sqrt(3), 1))
     assert choose_n(one) == 2 and choose_n(one, looks=2) == 1
 
 

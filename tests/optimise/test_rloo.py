@@ -21,6 +21,8 @@ from irlign.optimise.methods import own_config
 from irlign.optimise.rloo import OnPolicySettings, on_policy_config, passes, readable, reward_function, shaped, train_on_policy
 from irlign.optimise.settings import OptimiseSettings
 from irlign.policy.load import load_policy
+from irlign.preflight import check_method
+from irlign.recipe import Recipe
 from irlign.records import Demonstration, Prompt, Sample
 from irlign.sampling.engine import SamplingSettings
 from irlign.training import TrainerSettings
@@ -282,7 +284,25 @@ def test_answers_have_grown_where_they_are_shown_to():
         drawn.note(step, np.full(16, 20), usual, index + 8 * step)
         spread.note(step, np.repeat([10, 30], 8).reshape(2, 4, 2).swapaxes(0, 1).ravel(), usual, index + 8 * step)
     assert drawn.ratio(2) == 2.0 and drawn.tokens == 640 and spread.ratio(2) is None and drawn.ratio(1) is None
+    drawn.note(1, np.full(16, 20), usual, index)  # once more within the step, as with steps_per_generation=1
+    assert drawn.tokens == 640 + 320 and drawn.steps["1"][2] == 16
+    again = Drawn(Path("nowhere"), drawn.accelerator, 1.5)
+    again.steps = dict(drawn.steps)
+    again.note(1, np.full(16, 20), usual, index)  # a training that is resumed comes to the step anew
+    assert again.tokens == 640
     assert spread.steps["0"] == [320.0, 160.0, 8.0, 40.0, 4 * 5.0**2 + 4 * 15.0**2]
+
+
+def test_prompts_fill_a_step_of_all_processes():
+    """Two rows in each of eight processes are two prompts of eight answers; in one they are a quarter of one."""
+    settings = OptimiseSettings(method="rloo", per_device_train_batch_size=2)
+    for count in (8, 1):
+        recipe = Recipe(world="dialogue", optimise=settings, processes={"num_processes": count})
+        if count == 8:
+            check_method(recipe)
+        else:
+            with pytest.raises(ConfigError, match="divisible by num_generations"):
+                check_method(recipe)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,19 @@ def test_a_refreshed_reward_is_trained_used_and_published(copied, judge, monkeyp
     assert read_json(place / names[0] / "reward.json")["contrast"] == "current-demo" and (place / names[0] / "README.md").is_file()
 
 
+@pytest.mark.parametrize("method", ["distill", "rloo"])
+def test_a_refreshed_reward_reads_as_many_answers_as_pi_0_has_given(copied, method):
+    """However few the method itself learns from (`answers`, which has no part in those that draw their own)."""
+    recipe = load_recipe(Recipe, small_recipe(copied, optimise={"rounds": 2, "answers": 1, "method": method, "refresh": "current-demo"}))
+    with Run.open(copied, recipe) as run:
+        work = Work(run, recipe.optimise, recipe.sampling, "init-sft", "none", copied / "work", learning=recipe.reward)
+        shutil.copytree(run.path("policies/sft"), work.round(1) / "policy")
+        _, worse = rounds.sides_of(work, 2, "train")
+        current = [prompt for prompt, _, _ in worse][: 24 * 2]
+        assert len(work_of_rounds.own_answers(work, 2)) == 24 * (1 if method == "distill" else 2)
+    assert len(worse) == 24 * 2 * 3 and len({p.prompt_id for p in current}) == 24  # the round before, pi_0 and pi_SFT
+
+
 def test_it_tells_the_current_policy_from_the_demonstrations(copied):
     """Trained long enough: demonstrations above answers of the round before, which the run's own reward has never seen."""
     recipe = load_recipe(Recipe, small_recipe(copied, **PLAIN, reward={"num_train_epochs": 40}, optimise={"rounds": 2}))

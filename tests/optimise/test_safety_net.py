@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, gains_over, kl
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, few, gains_over, kl
 from irlign.records import Prompt, Sample
 
 P, Q = Prompt.of("p", "dev"), Prompt.of("q", "dev")
@@ -49,9 +49,10 @@ def _candidates(gains_C, prompts, seed):
     return [_candidate(f"round-{k}", gain + rng.normal(size=prompts), {"alarms": []}) for k, gain in enumerate(gains_C, 1)]
 
 
-def test_what_is_no_better_is_published_in_at_most_one_run_of_twenty():
-    published = [choose(_candidates([0.0, 0.0, 0.0], 100, seed))[0] for seed in range(1000)]
-    assert np.mean([name != "sft" for name in published]) < 0.065  # 5 %, and the noise of 1000 runs
+@pytest.mark.parametrize("prompts", [20, 100])
+def test_what_is_no_better_is_published_in_at_most_one_run_of_twenty(prompts):
+    published = [choose(_candidates([0.0] * 6, prompts, seed))[0] for seed in range(4000)]
+    assert np.mean([name != "sft" for name in published]) < 0.058  # 5 %, and the noise of 4000 runs
     assert np.mean([choose(_candidates([-0.5], 100, seed))[0] == "sft" for seed in range(200)]) == 1
 
 
@@ -100,34 +101,56 @@ def test_what_the_judge_likes_and_the_reward_does_not_show_is_not_published():
 def test_more_candidates_ask_for_more():
     one = _candidate("one", np.tile([1.05, -0.71], 50), {})  # 0.17 with a standard error of 0.088: shown alone, not among four
     assert choose([one])[0] == "one" and choose([one, *_candidates([-1, -1, -1], 100, 0)])[0] == "sft"
-    assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.6449 * 0.08844], abs=1e-4)
+    assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.66039 * 0.08844], abs=1e-4)
 
 
-def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, **nats):
+def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, **nats):
     """What alarms are made of; KLs are (low, mean, high)."""
     nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
     found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
-    return {"tokens": tokens, "distinct_answers": distinct_answers, "commonest_answer": commonest_answer, **found}
+    return {"tokens": tokens, "finished": finished, "distinct_answers": distinct_answers, "commonest_answer": commonest_answer, **found}
 
 
 def test_each_alarm_goes_off_where_it_should():
     sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
     lower = [_candidate("before", fine - 0.1)]
-    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, lower) == []
-    assert alarms_of(_measures(distinct_answers=0.2, kl_sft=(3.1, 3.2, 3.3)), sft, fine, []) == []  # as the best of 64 repeat
+    assert alarms_of(_measures(tokens=29.0, distinct_answers=0.41, kl_sft=(3.5, 3.6, 3.7)), sft, fine, lower, 4) == []
+    assert alarms_of(_measures(distinct_answers=0.2, kl_sft=(3.1, 3.2, 3.3)), sft, fine, [], 4) == []  # as the best of 64 repeat
     grown, repeated, below, turned = (
-        alarms_of(_measures(tokens=31.0), sft, fine, []),
-        alarms_of(_measures(distinct_answers=0.39, kl_sft=(3.2, 3.3, 3.4)), sft, fine, []),
-        alarms_of(_measures(), sft, -fine, []),
-        alarms_of(_measures(), sft, fine, [_candidate("one", fine + 0.2), _candidate("two", fine - 0.2)]),
+        alarms_of(_measures(tokens=31.0), sft, fine, [], 4),
+        alarms_of(_measures(distinct_answers=0.39, kl_sft=(3.2, 3.3, 3.4)), sft, fine, [], 4),
+        alarms_of(_measures(), sft, -fine, [], 4),
+        alarms_of(_measures(), sft, fine, [_candidate("one", fine + 0.2), _candidate("two", fine - 0.2)], 4),
     )
     assert [a["name"].split("'s ")[-1] for a in grown + repeated] == ["answers have grown", "answers repeat"]
     assert "turns down" in below[0]["name"] and "-0.30 sd, and was +0.00" in below[0]["seen"]
     assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
     noisy = np.random.default_rng(0).normal(size=40)
-    assert alarms_of(_measures(), sft, noisy, [_candidate("one", noisy[::-1])]) == []  # a fall within the noise is none
+    assert alarms_of(_measures(), sft, noisy, [_candidate("one", noisy[::-1])], 4) == []  # a fall within the noise is none
     liked = _candidate("one", fine + 0.2, rewarded=-fine)  # what the reward does not show to gain sets no mark
-    assert alarms_of(_measures(), sft, fine, [liked]) == []
+    assert alarms_of(_measures(), sft, fine, [liked], 4) == []
+
+
+def test_answers_that_no_longer_end_are_an_alarm_however_long_those_of_sft_are():
+    """90 tokens and a limit of 128: 1.5 times as long there can be none. A model that seldom ends, as a base model does, has nothing to lose."""
+    fine, sft = np.tile([0.4, 0.2], 20), _measures(tokens=90.0, finished=0.9, kl_initial=(0.9, 1.0, 1.1))
+    (found,) = alarms_of(_measures(tokens=128.0, finished=0.69), sft, fine, [], 4)
+    assert found["name"] == "the aligned policy no longer ends its answers" and found["seen"].startswith("69% of its answers end")
+    assert alarms_of(_measures(tokens=128.0, finished=0.71), sft, fine, [], 4) == []
+    assert alarms_of(_measures(tokens=96.0, finished=0.0), {**sft, "finished": 0.1}, fine, [], 4) == []
+
+
+def test_of_two_answers_fewer_differ_too():
+    """Half of pi_SFT's share, or, of two answers, of which half differ where all are alike, half-way down to that. Of one nothing repeats."""
+    assert few(0.8, 4) == pytest.approx(0.4) and few(0.9, 2) == pytest.approx(0.7) and few(1.0, 1) == 1.0
+    fine, sft = np.tile([0.4, 0.2], 20), _measures(distinct_answers=0.9, kl_initial=(0.9, 1.0, 1.1))
+
+    def alarms(share):
+        return alarms_of(
+            _measures(distinct_answers=share, kl_sft=(3.2, 3.3, 3.4)), {**sft, "kl_initial": {"mean": 9, "ci95": [9, 9]}}, fine, [], 2
+        )
+
+    assert alarms(0.71) == [] and "repeat" in alarms(0.69)[0]["name"]
 
 
 def test_one_answer_to_many_prompts_is_an_alarm_however_near_the_policy_is():
@@ -135,7 +158,7 @@ def test_one_answer_to_many_prompts_is_an_alarm_however_near_the_policy_is():
     fine = np.tile([0.4, 0.2], 20)
 
     def alarms(own, its):
-        return alarms_of(_measures(commonest_answer=own), _measures(commonest_answer=its, kl_initial=(0.9, 1.0, 1.1)), fine, [])
+        return alarms_of(_measures(commonest_answer=own), _measures(commonest_answer=its, kl_initial=(0.9, 1.0, 1.1)), fine, [], 4)
 
     assert alarms(0.25, 0.01) == alarms(0.9, 0.45) == []
     (found,) = alarms(0.26, 0.01)
@@ -147,7 +170,7 @@ def test_a_policy_far_from_sft_raises_an_alarm_however_it_is_judged():
     fine = np.tile([0.4, 0.2], 20)
 
     def alarms(moved, sft_moved):
-        return alarms_of(_measures(kl_sft=moved), _measures(kl_initial=sft_moved), fine, [])
+        return alarms_of(_measures(kl_sft=moved), _measures(kl_initial=sft_moved), fine, [], 4)
 
     assert alarms((3.17, 3.6, 4.0), (0.9, 1.0, 1.1)) == [] and alarms((5.0, 5.5, 6.0), (4.4, 4.7, 5.0)) == []
     (far,), (beyond,) = alarms((3.18, 3.6, 4.0), (0.9, 1.0, 1.1)), alarms((5.1, 5.5, 6.0), (4.4, 4.7, 5.0))

@@ -31,7 +31,7 @@ def adaptive_point(measured: Evaluation, tokens: np.ndarray) -> tuple[dict[str, 
         same_P, mean_P = best_between(measured, values, equal), [of.mean() for of in pool.by_prompt(values).values()]
         point[name], point["equal_tokens"][name] = measured.estimate(values[rows]), measured.estimate(same_P)
         options: dict[str, Any] = {"resamples": measured.resamples, "seed": measured.seed}
-        for other, of in ((EQUAL, same_P), ("sft", mean_P)) if name == "golden" else ():
+        for other, of in ((EQUAL, same_P), (measured.base, mean_P)) if name == "golden" else ():
             tests.append({**statistics.paired_test(ADAPTIVE, other, values[rows], of, **options).to_json(), "measure": name})
     return point, tests
 

@@ -122,12 +122,13 @@ def _adaptive(results: Mapping[str, Any]) -> list[str]:
     point = results.get("adaptive")
     if not point:
         return []
-    gain, equal = (find_test(results, "adaptive", other) for other in ("sft", "best_of_equal_tokens"))
+    base, one = base_of(results)
+    gain, equal = (find_test(results, "adaptive", other) for other in (base, "best_of_equal_tokens"))
     assert gain is not None and equal is not None
     words = {"better": "more than", "worse": "less than", "": "not shown to be other than"}[verdict(equal["ci95"])]
     return [
         f"Selected among as many answers as each prompt deserves, {point['n']['mean']:.1f} on average: {gain['mean_difference']:+.2f} "
-        f"{_ci(gain['ci95'])} over SFT, {words} the same tokens spent alike on all prompts (n = {point['equal_tokens']['n']:.1f}): "
+        f"{_ci(gain['ci95'])} over {one}, {words} the same tokens spent alike on all prompts (n = {point['equal_tokens']['n']:.1f}): "
         f"{equal['mean_difference']:+.2f} {_ci(equal['ci95'])}."
     ]
 

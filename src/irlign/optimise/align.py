@@ -13,6 +13,7 @@ import numpy as np
 
 from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
+from irlign.errors import DataError, GuardError, ModelError
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
 from irlign.optimise.best_of_n import scored_texts
@@ -59,19 +60,29 @@ def align(work: Work, version: str) -> dict[str, Any]:
     if not rows or rows[0]["judge"] is None:
         choice = choice_of([], {}, too_few(prompts_shown(shown)))
     else:
-        choice = _rounds(work, judged_sft(rows, work.reward), shown, version)
+        sft = judged_sft(rows, work.reward) if work.drawn_alike else judged_by_both(work, _sft_drawn_here(work), shown, 0, "weighed")[0]
+        choice = _rounds(work, sft, shown, version)
     choice = {"method": work.settings.method, "reward": reward, "selector": work.reward, **choice, "demonstrations": len(shown)}
     _publish(work, choice, version)
     return choice
 
 
 def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: str) -> dict[str, Any]:
-    """Rounds until the settings' number is reached, an alarm goes off or there is nothing to learn from, and the choice among them."""
+    """Rounds until the settings' number is reached, an alarm goes off, there is nothing to learn from or a later one cannot be made, and the choice among
+    them. Raises what the first one raises."""
     base = measures_of_sft(work, sft)
     found: list[Candidate] = []
-    kept = "no train prompt has a finished answer to learn from"
+    kept = f"{work.settings.method} finds nothing to learn from on the train prompts (answers that are cut, empty or alike have no part)"
+    ended = None
     for number in range(1, work.settings.rounds + 1):
-        if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
+        try:
+            if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
+                break
+        except (DataError, GuardError, ModelError) as error:
+            if number == 1:
+                raise
+            ended = f"round {number} could not be made ({error.what})"
+            say(f"optimise: {ended}, so what came before it is weighed")
             break
         for made in work.made(number):
             answers = [s for s in _answers(work, made) if s.prompt.split == "dev"]
@@ -79,7 +90,13 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
         if alarms := found[-1].about["alarms"]:
             say(f"optimise: {alarms[0]['name']}, so no further round is made")
             break
-    return choice_of(found, base, kept)
+    return choice_of(found, base, kept, ended)
+
+
+def _sft_drawn_here(work: Work) -> list[Sample]:
+    """pi_SFT's answers to the dev prompts, as many as of a candidate and by the same engine: it is policies that are compared, not engines."""
+    asked = {s.prompt.prompt_id: s.prompt for s in stored_samples(work.run, "sft", "dev")}
+    return work.draw(0, "dev", [(prompt, work.settings.generations) for prompt in asked.values()])
 
 
 def _answers(work: Work, made: Made, whole: bool = False) -> list[Sample]:
@@ -118,9 +135,22 @@ def judged_sft(rows: Sequence[Mapping[str, Any]], reward: str) -> Judged:
 
 def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
     """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
-    few = [s for s in sft.samples if s.index < work.settings.generations]
+    few = [s for s in sft.samples if s.index < work.weighed]
     own, initial = (answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init"))
-    return {**sft.measures(work.settings.generations), "kl_initial": kl(few, own, initial)}
+    return {**sft.measures(work.weighed), "kl_initial": kl(few, own, initial)}
+
+
+def judged_by_both(
+    work: Work, answers: Sequence[Sample], shown: Sequence[Demonstration], number: int, name: str
+) -> tuple[Judged, float | None]:
+    """A policy's dev answers as the judge and the reward that selects see them, and the judge's AUC; `name` is where a round keeps the scores."""
+    logits, _, auc = judge_pool(
+        work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=work.chat_template
+    )
+    assert logits is not None  # pi_SFT's stored answers were judged by the same demonstrations
+    rewards = {work.reward: work.run.path("rewards", work.reward)}
+    scores = scores_of(rewards, *scored_texts(answers), work.sampling, work.round(number) / name)
+    return Judged(answers, logits, scores[work.reward]), auc
 
 
 def weighed(
@@ -133,14 +163,8 @@ def weighed(
     earlier: Sequence[Candidate],
 ) -> Candidate:
     """A policy that a round has made as a candidate: judged, with the KL it cost, and alarms."""
-    template = work.chat_template
-    logits, _, auc = judge_pool(
-        work.run.path("policies/init"), answers, stored_samples(work.run, "init", "dev"), shown, chat_template=template
-    )
-    assert logits is not None  # pi_SFT's answers were judged by the same demonstrations
-    place, name = work.round(made.round), work.reward
-    scores = scores_of({name: work.run.path("rewards", name)}, *scored_texts(answers), work.sampling, place / made.pool("weighed"))
-    judged = Judged(answers, logits, scores[name])
+    place, template = work.round(made.round), work.chat_template
+    judged, auc = judged_by_both(work, answers, shown, made.round, made.pool("weighed"))
     policies = (place / made.folder, *(work.run.path("policies", name) for name in ("sft", "init")))
     own, *others = (answer_log_probs(folder, answers, chat_template=template) for folder in policies)
     gains, rewarded = gains_over(sft, judged)
@@ -148,12 +172,12 @@ def weighed(
     say(f"optimise: {in_words(made.name)}: {said}")
     about: dict[str, Any] = {
         **{f"kl_{name}": kl(answers, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
-        **judged.measures(work.settings.generations),
+        **judged.measures(work.weighed),
     }
     log, drawn = read_json(place / "log.json"), sum(s.tokens for s in answers)
     if made.last:  # what the training cost is counted once
         drawn += work.drawn(made.round) + log.get("drawn", 0)
-    about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier)}
+    about |= {"drawn": drawn, "judge_auc": auc, "after": made.share, "alarms": alarms_of(about, base, gains, earlier, work.weighed)}
     about["training"], before = (log, None) if made.last else (None, f"round-{made.round}")
     return Candidate(made.name, gains, rewarded, about, before)
 

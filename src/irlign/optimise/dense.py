@@ -47,8 +47,7 @@ class TokenReward(Protocol):
 
 @dataclass(frozen=True)
 class LogRatioOfTokens:
-    """`log pi_SFT(y_t | x, y_<t) - log pi_0(y_t | x, y_<t)`, nats; 0 for EOS, which a base model hardly ever gives, so that ending at once would
-    pay most. Both policies stay in memory. Raises ModelError where they do not read the same tokens."""
+    """`log pi_SFT(y_t | x, y_<t) - log pi_0(y_t | x, y_<t)`, nats. Both policies stay in memory. Raises ModelError where they do not read the same tokens."""
 
     sft: Path
     init: Path
@@ -66,8 +65,7 @@ class LogRatioOfTokens:
     def __call__(self, rows: Sequence[Encoded]) -> list[np.ndarray]:
         sft, init = self._policies
         cut = [row.within(min(sft.max_length, init.max_length)) for row in rows]
-        found = [own - other for own, other in zip(token_log_probs(sft, cut), token_log_probs(init, cut), strict=True)]
-        return [np.where(np.array(row.completion_ids) == sft.tokenizer.eos_token_id, 0.0, own) for row, own in zip(cut, found, strict=True)]
+        return [own - other for own, other in zip(token_log_probs(sft, cut), token_log_probs(init, cut), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,16 @@ class LogitsOfTokens:
 @dataclass(frozen=True)
 class Dense:
     """What pays tokens, and the share of an answer's pay that this is; the whole answer's reward is the rest. `learned` is the log of a
-    discriminator."""
+    discriminator. `ends`: whether EOS is paid; a log-ratio to a base model, which hardly ever gives it, would pay most for ending at once."""
 
     reward: TokenReward
     share: float
     learned: Mapping[str, Any]
+    ends: bool = True
 
     def in_units(self, form: Format, samples: Sequence[Sample], objective: Objective) -> Pay:
         """What the objective makes of the reward, on the scale of pi_SFT's answers `samples`, times the share; of answers by the tokens of
-        their prompts and their own. Raises ModelError where a pay is not finite."""
+        their prompts and their own. Where EOS is not paid it gets 0, as the average token does. Raises ModelError where a pay is not finite."""
         encoded = form.encode([s.prompt.content for s in samples], [s.completion for s in samples])
         rows = [row if s.finished else Encoded(row.prompt_ids, row.completion_ids[:-1]) for s, row in zip(samples, encoded, strict=True)]
 
@@ -107,13 +106,22 @@ class Dense:
                 raise ModelError("what tokens are paid is not finite", where="optimise", do=do)
             return found
 
+        def ends_unpaid(row: Encoded) -> bool:
+            return not self.ends and row.completion_ids[-1:] == [form.tokenizer.eos_token_id]
+
+        def over(center: float, of: Sequence[Encoded], found: Sequence[np.ndarray]) -> list[np.ndarray]:
+            beyond = [own - center for own in found]
+            for row, own in zip(of, beyond, strict=True):
+                own[len(own) - ends_unpaid(row) :] = 0.0
+            return beyond
+
         known = paid(rows)
-        center = float(np.concatenate(known).mean())
-        scale = float(np.std([(own - center).sum() for own in known])) or 1.0
+        center = float(np.concatenate([own[: len(own) - ends_unpaid(row)] for row, own in zip(rows, known, strict=True)]).mean())
+        scale = float(np.std([own.sum() for own in over(center, rows, known)])) or 1.0
 
         def pay(prompts: Sequence[list[int]], answers: Sequence[Sequence[int]]) -> list[np.ndarray]:
-            of = paid([Encoded(prompt, list(ids)) for prompt, ids in zip(prompts, answers, strict=True)])
-            return [self.share * (own - center) / scale for own in of]
+            of = [Encoded(prompt, list(ids)) for prompt, ids in zip(prompts, answers, strict=True)]
+            return [self.share * own / scale for own in over(center, of, paid(of))]
 
         return pay
 
@@ -125,7 +133,7 @@ def dense_of(work: Work, number: int) -> Dense:
     own = work.settings.on_policy
     sft, init = (work.run.path("policies", name) for name in ("sft", "init"))
     if own.dense == "log-ratio":
-        return Dense(LogRatioOfTokens(sft, init), own.dense_share, {})
+        return Dense(LogRatioOfTokens(sft, init), own.dense_share, {}, ends=False)
     place = work.round(number) / "discriminator"
     if not (place / LOG).exists():
         assert work.learning is not None  # the stage hands it over

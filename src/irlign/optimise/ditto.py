@@ -22,7 +22,11 @@ def ranked_by_policy(rounds: Sequence[Sequence[Sample]], demonstrations: Sequenc
     """
     newest, *earlier = [unlike(samples, demonstrations) for samples in rounds]
     old = [sample for samples in earlier for sample in samples]
-    between = [Contrast(a.prompt, a.completion, b.completion) for a in newest for b in old if _same_prompt(a, b)]
+    old_to: dict[str, list[Sample]] = {}
+    for sample in old:
+        old_to.setdefault(sample.prompt.prompt_id, []).append(sample)
+    sides = ((a, b) for a in newest for b in old_to.get(a.prompt.prompt_id, ()))
+    between = [Contrast(a.prompt, a.completion, b.completion) for a, b in sides if a.completion.strip() != b.completion.strip()]
     draw = np.random.default_rng(seed)
 
     def some(items: Sequence, share: int) -> list:
@@ -31,7 +35,3 @@ def ranked_by_policy(rounds: Sequence[Sequence[Sample]], demonstrations: Sequenc
 
     online = demonstration_over_own(newest, demonstrations)
     return [*online, *demonstration_over_own(some(old, REPLAYED), demonstrations), *some(between, BETWEEN)]
-
-
-def _same_prompt(a: Sample, b: Sample) -> bool:
-    return a.prompt.prompt_id == b.prompt.prompt_id and a.completion.strip() != b.completion.strip()

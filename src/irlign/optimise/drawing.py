@@ -71,6 +71,7 @@ class Drawn:
         self.file, self.accelerator, self.longest = file, accelerator, longest
         self.steps: dict[str, list[float]] = read_json(file) if file.exists() else {}
         self.grown: str | None = None
+        self.at: int | None = None  # the step that was noted last
 
     @property
     def tokens(self) -> int:
@@ -83,9 +84,10 @@ class Drawn:
         beyond_B = tokens_B - (self.longest or 1.0) * usual_B
         each = np.array([beyond_B[index_B == i].mean() for i in np.unique(index_B)])
         own = [[tokens_B.sum(), usual_B.sum(), len(each), each.sum(), (each**2).sum()]]
-        self.steps[str(step)] = (
-            self.accelerator.gather(torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)).sum(0).tolist()
-        )
+        found = self.accelerator.gather(torch.tensor(own, dtype=torch.float64, device=self.accelerator.device)).sum(0)
+        if step == self.at:  # drawn once more within it; else what an attempt before this one may have noted of it is replaced
+            found += torch.tensor(self.steps[str(step)], dtype=torch.float64, device=found.device)
+        self.at, self.steps[str(step)] = step, found.tolist()
         if self.accelerator.is_main_process:
             write_json(self.file, self.steps)
 

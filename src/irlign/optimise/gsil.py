@@ -67,9 +67,6 @@ def train_gsil(
         {"input_ids": row.ids, "labels": row.labels, "about": [nats, weight if shown else -1.0]}
         for row, nats, (_, _, shown) in zip(cut, known, train, strict=True)
     ]
-    for module in tuning.policy.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # the log-ratio is 0 at the start
     arguments = tuning.arguments()
     rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     constant = 2 * own / len(rows) * rows_a_step
@@ -78,7 +75,11 @@ def train_gsil(
         reference_B, side_B, labels_B_T = labels[:, 0], labels[:, 1], labels[:, 2:].long()
         return gsil_loss(answer_nats(outputs.logits, labels_B_T) - reference_B, side_B, beta, shift, constant)
 
-    return {**tuning.finish(tuning.trainer(arguments, rows, _batch, loss)), "rows": len(rows)}
+    trainer = tuning.trainer(arguments, rows, _batch, loss)
+    for module in trainer.model.modules():  # type: ignore[union-attr]
+        if isinstance(module, torch.nn.Dropout):  # the adapter's too
+            module.p = 0.0  # the log-ratio is 0 at the start
+    return {**tuning.finish(trainer), "rows": len(rows)}
 
 
 def _batch(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import t
 
 from irlign.errors import ConfigError
 from irlign.optimise.heldout import EXCHANGED, FEWEST, FOLDS, RIDGE, SAMPLES, prompts_shown
@@ -27,6 +27,7 @@ JUDGE = {
     "exchanged": EXCHANGED,
     "style": True,
     "rule": "best bound, or larger where likelier all the way and not beaten",
+    "bounds": "student",
 }
 
 
@@ -94,8 +95,9 @@ def shown(gains_P_n: np.ndarray, looks: int | None = None) -> np.ndarray:
 
 
 def lower_bounds(values_P_n: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
-    """One-sided lower bounds of the means over prompts at level alpha, normal. Shape [n]."""
-    return values_P_n.mean(0) - norm.ppf(1 - alpha) * values_P_n.std(0, ddof=1) / np.sqrt(len(values_P_n))
+    """One-sided lower bounds of the means over prompts at level alpha, by Student's t: prompts may be FEWEST. Shape [n]."""
+    prompts = len(values_P_n)
+    return values_P_n.mean(0) - t.ppf(1 - alpha, prompts - 1) * values_P_n.std(0, ddof=1) / np.sqrt(prompts)
 
 
 def choice_of(

@@ -172,7 +172,16 @@ def train_kto(
     desirable = sum(label for _, _, label in train)
     config = (config[0], {"desirable_weight": (len(train) - desirable) / desirable, **config[1]})
     return _train(
-        KTOTrainer, sft, lambda form: labelled_rows(form, shuffled), labelled_batch, dev, settings, config=config, seed=seed, **about
+        KTOTrainer,
+        sft,
+        lambda form: labelled_rows(form, shuffled),
+        labelled_batch,
+        dev,
+        settings,
+        config=config,
+        seed=seed,
+        least=2,
+        **about,
     )
 
 
@@ -185,11 +194,13 @@ def _train(
     settings: TrainerSettings,
     *,
     config: Config,
+    least: int = 1,
     **about: Any,
 ) -> dict[str, Any]:
-    """A trainer of TRL's, `kind`, on rows that `batch_of` makes into tensors."""
+    """A trainer of TRL's, `kind`, on rows that `batch_of` makes into tensors, `least` in a batch."""
     tuning = Tuning(start, dev, settings, **about)
     rows, pad_id, limit = rows_of(tuning.form), tuning.policy.pad_id, tuning.policy.max_length
     shared = tuning.for_trl(tuning.arguments(config), rows)
     trainer = kind(**shared, data_collator=lambda batch: batch_of(batch, pad_id, limit))
+    trainer.least_rows = least
     return {**tuning.finish(trainer, METRICS), "rows": len(rows)}

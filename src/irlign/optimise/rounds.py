@@ -14,7 +14,7 @@ from typing import Any
 from irlign.data.splits import stored_demonstrations
 from irlign.files import read_json, write_json
 from irlign.optimise.best_of_n import scored_texts
-from irlign.optimise.work import SEEDS_APART, Work, own_answers
+from irlign.optimise.work import SEEDS_APART, Work, drawn_answers
 from irlign.progress import say
 from irlign.records import Sample
 from irlign.reward.contrasts import Answer, answers_of, contrast_pairs, guard_leak, leak_controls
@@ -92,7 +92,7 @@ def _answers(work: Work, number: int, split: str) -> list[Sample]:
     if number == 0:
         return stored_samples(work.run, "sft", split)
     if split == "train":
-        return [s for s in own_answers(work, number + 1) if s.index < work.sampling.train_generations]
+        return [s for s in drawn_answers(work, number + 1) if s.index < work.sampling.train_generations]
     return [s for s in read_pool(work.round(number) / "pool.parquet") if s.prompt.split == split]
 
 

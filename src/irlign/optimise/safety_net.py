@@ -19,6 +19,7 @@ from irlign.statistics import estimate, kl_bound
 
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers so many times as frequent
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
+UNENDED = 0.2  # alarm: so much less of its answers end within the limit
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
 RULE = "judge and reward, the first round or one shown to beat it"  # of the choice, for the stage's record: another one is another choice
@@ -89,12 +90,21 @@ def kl(answers: Sequence[Sample], own_B: np.ndarray, other_B: np.ndarray) -> dic
     return estimate(list(_means(answers, own_B - other_B).values())).to_json()
 
 
-def alarms_of(
-    measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate]
-) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that repeat, one answer to many prompts, a policy that
-    has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the reward shows to gain.
+def few(distinct: float, generations: int) -> float:
+    """The share of distinct answers below which they are few, where pi_SFT's is `distinct`: FEWER of it, or, of so few answers that this cannot be, as
+    far down from it to the least there can be."""
+    least = 1 / generations
+    return FEWER * distinct if FEWER * distinct > least else least + FEWER * (distinct - least)
 
+
+def alarms_of(
+    measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate], generations: int
+) -> list[dict[str, str]]:
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that repeat, one answer to many
+    prompts, a policy that has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the
+    reward shows to gain. `generations` is the number of a prompt's answers that `distinct_answers` is a share of.
+
+    Both witnesses read an answer that was cut as if it had ended, and where pi_SFT's are long none can be LONGER within the limit: so the second alarm.
     Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
     most: up to there a prompt's answers grow alike in Best-of-n too, and where one answer is right that is what there is to learn. Far is `kl_sft`
     beyond that and beyond `kl_initial` of pi_SFT: the judge has seen no such answers, and what training finds out there pleases it for nothing.
@@ -104,8 +114,11 @@ def alarms_of(
     if measures["tokens"] > LONGER * sft["tokens"]:
         seen = f"{measures['tokens']:.0f} tokens an answer, and SFT's have {sft['tokens']:.0f}"
         found.append(("the aligned policy's answers have grown", seen, "read the samples: the reward may pay for length"))
+    if measures["finished"] < sft["finished"] - UNENDED:
+        seen = f"{measures['finished']:.0%} of its answers end within the limit, and {sft['finished']:.0%} of SFT's"
+        found.append(("the aligned policy no longer ends its answers", seen, "train fewer steps, or raise sampling.max_new_tokens"))
     moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
-    if measures["distinct_answers"] < FEWER * sft["distinct_answers"] and moved["ci95"][0] > most:
+    if measures["distinct_answers"] < few(sft["distinct_answers"], generations) and moved["ci95"][0] > most:
         seen = f"{measures['distinct_answers']:.0%} of a prompt's answers differ, and {sft['distinct_answers']:.0%} of SFT's"
         found.append(
             ("the aligned policy's answers repeat", seen, "lower optimise.num_train_epochs or learning_rate, or raise optimise.winners")
@@ -120,9 +133,7 @@ def alarms_of(
     best = max([np.zeros_like(gains_P), *confirmed], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
         seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
-        found.append(
-            ("by the judge, the aligned policy turns down", seen, "no further round is made; lower optimise.rounds, or train fewer steps")
-        )
+        found.append(("by the judge, the aligned policy turns down", seen, "train fewer steps, or fewer rounds"))
     return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
 
 
@@ -152,25 +163,26 @@ def _refused(judged_better: Candidate) -> str:
     return f"{in_words(judged_better.name)} is judged better and {but}"
 
 
-def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None) -> dict[str, Any]:
+def choice_of(candidates: Sequence[Candidate], sft: Mapping[str, Any], kept: str | None = None, ended: str | None = None) -> dict[str, Any]:
     """What choice.json says of the choice: `published` (the candidate's name, or `sft`), `why`, and `candidates`, pi_SFT first.
 
-    `kept` says why there is no candidate, where there is none.
+    `kept` says why there is no candidate, where there is none; `ended` what went wrong in a round that then made none.
     """
     published, low_C_2 = choose(candidates)
     count = f"{len(candidates)} candidates" if len(candidates) > 1 else "the one candidate"
-    why = f"the judge does not show {count} to beat SFT, at 5% for all together, so SFT is kept"
+    why = f"the judge does not show {count} to beat SFT, at 5% for all together"
     better = [c for c, (low, _) in zip(candidates, low_C_2, strict=True) if low > 0]
     if published != SFT:
         why = f"by the judge and by the reward its gain over SFT is above 0 at 5% for {count}"
         if last := next(c.before for c in candidates if c.name == published):
             why += f", and {in_words(last)}, with which its training ended, may not be published"
     elif better:
-        why = f"{'; '.join(map(_refused, better))}, so SFT is kept"
+        why = "; ".join(map(_refused, better))
+    why = f"{why if candidates else kept}{f'; {ended}' if ended else ''}{', so SFT is kept' if published == SFT else ''}"
     found: dict[str, Any] = {SFT: dict(sft)} if sft else {}
     for candidate, lows in zip(candidates, low_C_2.tolist(), strict=True):
         means = (float(gains_P.mean()) for gains_P in (candidate.gains_P, candidate.rewarded_P))
         gains = ({"mean": mean, "low": low} for mean, low in zip(means, lows, strict=True))
         found[candidate.name] = {**dict(zip(("gain", "reward_gain"), gains, strict=True)), **candidate.about}
     prompts = len(candidates[0].gains_P) if candidates else 0
-    return {"published": published, "why": why if candidates else f"{kept}, so SFT is kept", "prompts": prompts, "candidates": found}
+    return {"published": published, "why": why, "prompts": prompts, "candidates": found}

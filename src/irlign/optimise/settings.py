@@ -12,6 +12,14 @@ from irlign.training import TrainerSettings
 
 REWARDED = ("distill", "dpo", "rloo", "grpo")  # the methods in which the reward has a part
 ON_POLICY = ("rloo", "grpo", "rlsr", "gad")  # those that draw answers as they learn
+OVER_OWN = ("dpo", "spin", "ditto", "kto", "gsil")  # those that weigh answers that are given against each other
+PARTS = {  # which methods a key has a part in, where not in all
+    "answers": ("distill", *OVER_OWN),
+    "winners": ("distill",),
+    "preference": OVER_OWN,
+    "on_policy": ON_POLICY,
+    "discriminator": ("gad", "grpo"),
+}
 UNSHAPED = {"rlsr": "the cosine to the demonstration", "gad": "what its discriminator says"}  # what pays, as it is
 ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
 ONE_ROUND = {  # why
@@ -133,13 +141,13 @@ class OptimiseSettings(TrainerSettings):
         return self.method in REWARDED and (self.on_policy.dense == "none" or self.on_policy.dense_share < 1)
 
     @property
+    def idle(self) -> list[str]:
+        """The keys that were given and have no part in this method: a recipe may be another method's."""
+        default = type(self)()
+        return [key for key, methods in PARTS.items() if self.method not in methods and getattr(self, key) != getattr(default, key)]
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """What a manifest says of it: dense rewards and earlier candidates where there are any, and what ends a training where answers are drawn in it."""
+        """What a manifest says of it: what has a part in the method."""
         own = {**self.model_dump(), "keep_checkpoints": self.kept}
-        if self.on_policy.dense == "none":
-            del own["on_policy"]["dense"], own["on_policy"]["dense_share"]
-        if not self.kept:
-            del own["keep_checkpoints"]
-        if self.method not in ON_POLICY:
-            del own["on_policy"]["max_length_ratio"]
-        return own
+        return {key: value for key, value in own.items() if self.method in PARTS.get(key, (self.method,))}

@@ -10,7 +10,7 @@ import numpy as np
 from irlign.launch import ProcessSettings
 from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.scoring import scores_of
-from irlign.optimise.settings import OptimiseSettings
+from irlign.optimise.settings import ON_POLICY, OptimiseSettings
 from irlign.records import Sample
 from irlign.reward.train import RewardSettings
 from irlign.runs import Run
@@ -49,7 +49,7 @@ def stage_of(name: str) -> str:
 class Work:
     """What the stage works on: a run up to `bon`, the settings, how answers are drawn here, `reward` (the one that selects), the folder it
     builds in, and the `name` that the published policy gets; for rewards that are refreshed how the run's own was learned, and how hard it is
-    held to the likelihood."""
+    held to the likelihood. `drawn_alike`: the stored pools come from the engine that draws here."""
 
     run: Run
     settings: OptimiseSettings
@@ -62,11 +62,17 @@ class Work:
     name: str = "aligned"
     learning: RewardSettings | None = None
     likelihood: float = 0.0
+    drawn_alike: bool = True
 
     @property
     def stage(self) -> str:
         """The stage's name, and that of the folder with choice.json."""
         return stage_of(self.name)
+
+    @property
+    def weighed(self) -> int:
+        """So many of a prompt's answers say whether they repeat: as many of a candidate as of pi_SFT."""
+        return min(self.settings.generations, self.sampling.num_generations)
 
     def round(self, number: int) -> Path:
         """Where a round's policy, pools and log are built."""
@@ -113,11 +119,23 @@ class Work:
 
 
 def own_answers(work: Work, number: int) -> list[Sample]:
-    """The answers of the policy before this round to the train prompts: those of pi_SFT are stored, and drawn anew where they are too few."""
-    stored, wanted = stored_samples(work.run, "sft", "train"), work.settings.answers or work.sampling.train_generations
+    """The answers of the policy before this round to the train prompts, as many as the method learns from."""
+    return [s for s in drawn_answers(work, number) if s.index < wanted_answers(work)]
+
+
+def wanted_answers(work: Work) -> int:
+    """So many answers to each train prompt a method learns from; those that draw their own as they learn start from the stored ones."""
+    return (work.settings.answers if work.settings.method not in ON_POLICY else None) or work.sampling.train_generations
+
+
+def drawn_answers(work: Work, number: int) -> list[Sample]:
+    """All that the policy before this round has given: pi_SFT's are stored, and drawn anew where they are too few; of a later one as many too as a reward
+    that is refreshed asks for."""
+    stored, wanted = stored_samples(work.run, "sft", "train"), wanted_answers(work)
     if number == 1 and wanted <= work.sampling.train_generations:
-        return [s for s in stored if s.index < wanted]
-    return work.draw(number - 1, "train", [(p, wanted) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
+        return stored
+    drawn = max(wanted, work.sampling.train_generations if work.settings.refresh != "none" else 0)
+    return work.draw(number - 1, "train", [(p, drawn) for p in {s.prompt.prompt_id: s.prompt for s in stored}.values()])
 
 
 def scored(work: Work, number: int, samples: Sequence[Sample]) -> np.ndarray:
