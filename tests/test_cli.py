@@ -96,9 +96,12 @@ def test_the_optimise_verb_names_its_method(capsys, recipe, tmp_path):
         and "optimise.method: expected 'distill', 'weighted-sft', 'dpo', 'spin', 'ditto', 'kto', 'gsil', 'rloo', 'grpo', 'rlsr', 'gad' or 'none', got 'sorcery'"
         in err
     )
-    assert _run(capsys, "optimise", "--config", recipe)[0] == 2 and not (tmp_path / "out").exists()
+    code, _, err = _run(capsys, "optimise", "--config", recipe)
+    assert code == 2 and "METHOD is missing" in err and "weighted-sft, dpo" in err
+    code, _, err = _run(capsys, "optimise", "dpo", "--config", recipe, "optimise.method=kto")
+    assert code == 2 and "optimise.method=kto says it once more" in err and not (tmp_path / "out").exists()
     twice = _lines(tmp_path / "twice.jsonl", [*GOOD, *({**row, "completion": " a bird sat."} for row in GOOD)])
-    assert _run(capsys, "optimise", "weighted-sft", "--config", recipe, f"dataset_name={twice}")[0] == 0
+    assert _run(capsys, "optimise", "weighted_sft", "--config", recipe, f"dataset_name={twice}")[0] == 0  # as its page is called
     choice = json.loads((tmp_path / "out/optimise/choice.json").read_text())
     assert (choice["method"], choice["published"]) == ("weighted-sft", "sft") and "1 dev prompt with a demonstration is too few" in choice[
         "why"
@@ -193,13 +196,15 @@ def test_bad_keys(capsys, recipe, case):
         (["reward.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
         (["sft.lr_scheduler_type=stairs"], "TrainingArguments refuses it"),
         (["report_to=nobody"], "no such tracker"),
-        (["optimise.trainer={lerning_rate: 1}"], "TrainingArguments refuses it"),
+        (["optimise.trainer={lerning_rate: 1}"], "optimise.trainer: TrainingArguments refuses it: there is no field 'lerning_rate'"),
         (["optimise.method=weighted-sft", "optimise.rounds=2"], "learns from demonstrations"),
         (["optimise.method=dpo", "optimise.trainer={btea: 1}"], "DPOConfig refuses it"),
         (
             ["optimise.method=rloo", "optimise.on_policy.num_generations=3"],
-            "RLOOConfig refuses it: generation_batch_size (16) must be divisible",
+            "a step of 16 answers is no whole number of groups of 3",
         ),
+        (["optimise.method=dpo", "optimise.answers=1"], "the best and the worst of a prompt's answers, and there is one"),
+        (["optimise.max_steps=0"], "no step trains nothing"),
         (["optimise.method=grpo", "optimise.rounds=2"], "grpo draws its answers itself"),
         (["optimise.method=kto", "optimise.per_device_train_batch_size=1"], "estimates its KL over the rows of a batch"),
         (["sft_model_name_or_path=CLASSIFIER"], "no causal language model"),

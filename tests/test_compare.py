@@ -6,6 +6,7 @@ import shutil
 import pytest
 from small import small_recipe
 
+from irlign import pipeline
 from irlign.cli import main
 from irlign.compare import compare_runs, differing
 from irlign.errors import ConfigError, RunError
@@ -136,3 +137,20 @@ def test_settings_that_differ_by_hand():
         "world": ["–", "none"],
     }
     assert differing({"a": a, "b": {**a, "output_dir": "elsewhere"}}) == {}
+
+
+def test_an_evaluation_of_before_is_refused(finished, tmp_path):
+    """A policy that was optimised after the evaluation is not in it; `irlign optimise` says so, and what brings it up to date."""
+    a, b = (shutil.copytree(finished, tmp_path / name) for name in ("a", "b"))
+    first, changed = (small_recipe(b, optimise={"method": "weighted-sft", "max_steps": n, "generations": 1}) for n in (1, 2))
+    run(first)
+    assert compare_runs([a, b], tmp_path / "compare.html")
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "say", said.append)
+        pipeline.run_stage("optimise", changed)
+    assert said[-1] == f"eval, report: of before this; irlign report output_dir={b} brings up to date"
+    with pytest.raises(RunError, match="its evaluation is older than its optimise"):
+        compare_runs([a, b], tmp_path / "compare.html")
+    run(changed)
+    assert compare_runs([a, b], tmp_path / "compare.html")

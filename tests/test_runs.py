@@ -343,3 +343,41 @@ def test_the_time_left_where_slow_things_end_in_pairs(monkeypatch):
     for _ in range(200):
         bar.advance()
     assert bar.rate() == 1.0
+
+
+def test_what_stands_is_known_while_an_attempt_to_replace_it_has_failed(tmp_path, said):
+    """The old settings are up to date again, without any work; others are tried again."""
+
+    def fails(folder):
+        raise ModelError("diverged")
+
+    with _open(tmp_path) as run:
+        run.do("a", _write("out/x", "one"), {"rate": 1}, outputs=["out"])
+        whole = run.stages["a"]
+        for _ in range(2):
+            with pytest.raises(ModelError):
+                run.do("a", fails, {"rate": 9}, outputs=["out"])
+            assert run.stages["a"]["status"] == "failed" and run.stages["a"]["stands"] == whole
+        assert said[-1] == "a: it failed, so it runs again"
+    with _open(tmp_path) as run:
+        assert not run.do("a", _never, {"rate": 1}, outputs=["out"]) and run.stages["a"] == whole
+        with pytest.raises(ModelError):
+            run.do("a", fails, {"rate": 9}, outputs=["out"])
+        assert run.do("a", _write("out/x", "two"), {"rate": 2}, outputs=["out"]) and "stands" not in run.stages["a"]
+
+
+def test_a_stage_is_out_of_date_where_what_it_used_was_made_anew(tmp_path):
+    def fails(folder):
+        raise ModelError("diverged")
+
+    with _open(tmp_path) as run:
+        run.do("a", _write("out/x", "one"), {"rate": 1}, outputs=["out"])
+        run.do("b", _write("page", "of one"), inputs={"out": "out"}, outputs=["page"])
+        assert run.outdated("b") is None and run.outdated("a") is None and run.outdated("c") is None
+        with pytest.raises(ModelError):
+            run.do("a", fails, {"rate": 9}, outputs=["out"])
+        assert run.outdated("b") is None  # nothing was replaced
+        run.do("a", _write("out/x", "one"), {"rate": 2}, outputs=["out"])
+        assert run.outdated("b") is None  # the same once more
+        run.do("a", _write("out/x", "two"), {"rate": 3}, outputs=["out"])
+        assert run.outdated("b") == "a"

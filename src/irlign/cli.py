@@ -135,18 +135,27 @@ def bon(
 @app.command(context_settings=PASS_ON, options_metavar=f"METHOD {GIVEN}")
 def optimise(
     context: Context,
-    method: Annotated[str, typer.Argument(hidden=True)],  # the usage line has it, before the recipe
+    method: Annotated[str, typer.Argument(hidden=True)] = "",  # the usage line has it, before the recipe
     config: Config = None,
 ) -> None:
     """From the reward to a policy that needs none at inference, in policies/aligned. METHOD is distill, weighted-sft, dpo, spin, ditto, kto,
     gsil, rloo, grpo, rlsr or gad; none leaves the stage out."""
     from irlign.config import RECIPES
     from irlign.errors import ConfigError
+    from irlign.optimise.settings import NAMES
     from irlign.pipeline import run_stage
 
+    if not method:
+        raise ConfigError("METHOD is missing", do=f"irlign optimise METHOD ..., one of {', '.join(NAMES)}")
+    if method.replace("_", "-") in NAMES:
+        method = method.replace("_", "-")
     if method.endswith(RECIPES):
         raise ConfigError(f"{method!r} is a recipe, and METHOD comes first", do=f"irlign optimise distill {method}")
     config, words = _given(context, config)
+    if named := next((word for word in words if word.startswith("optimise.method=")), None):
+        raise ConfigError(
+            f"METHOD is {method}, and {named} says it once more", do="leave out one of them: METHOD comes right after `irlign optimise`"
+        )
     run_stage("optimise", config, [*words, f"optimise.method={method}"])
 
 

@@ -54,6 +54,8 @@ def _results(run: Run) -> dict[str, Any]:
     finish = f"irlign run output_dir={run.root}"
     if not run.path(RESULTS).is_file():
         raise RunError(f"this run is not finished: it has no {RESULTS}", where=run.root, do=f"finish it: {finish}")
+    if stage := run.outdated("eval"):
+        raise RunError(f"its evaluation is older than its {stage}", where=run.root, do=f"measure again: {finish}")
     results = read_json(run.path(RESULTS))
     if not isinstance(results, dict) or not set(NEEDED) <= set(results) or not {"n", "reward"} <= set(results["choice"] or ()):
         raise RunError("its results are not as this version of irlign writes them", where=run.path(RESULTS), do=f"measure again: {finish}")

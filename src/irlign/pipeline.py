@@ -291,8 +291,7 @@ def optimise(recipe: Recipe, run: Run, name: str = "aligned") -> None:
         from irlign.optimise.align import align
         from irlign.optimise.work import Work
 
-        if settings.idle:
-            say(f"{stage}: of the recipe's keys {', '.join(settings.idle)} have no part in {settings.method}")
+        say(f"{stage}: {settings.in_words}")
         own = recipe.processes, name, recipe.reward, recipe.best_of_n.likelihood, recipe.sampling.here.engine == here.here.engine
         choice = align(Work(run, settings, here, selector, template, folder, recipe.report_to, *own), __version__)
         return {key: choice[key] for key in ("method", "published", "why")}
@@ -425,6 +424,8 @@ def run_stage(name: str, config: Config = None, overrides: Sequence[str] = ()) -
             function(recipe, here)
             if stage == name:
                 break
+        if later := [other for other in STAGES if here.outdated(other)]:
+            say(f"{', '.join(later)}: of before this; irlign report output_dir={here.root} brings up to date")
         return here.root
 
 

@@ -13,6 +13,7 @@ from irlign.evaluate.reward_bench import read_bench
 from irlign.optimise.heldout import prompts_shown
 from irlign.optimise.label_free import without_judge
 from irlign.optimise.methods import own_config
+from irlign.optimise.settings import ON_POLICY, OptimiseSettings
 from irlign.policy.load import check_causal, has_token_head, load_config
 from irlign.recipe import Recipe
 from irlign.records import Demonstration
@@ -47,8 +48,8 @@ def preflight(recipe: Recipe) -> None:
             what = "stored samples have no policies that lm-evaluation-harness could ask"
             raise ConfigError(what, where="evaluation.lm_eval", do="leave it out")
         lm_eval_python(asked)
-    for settings in _trained(recipe):
-        _accepted(recipe, settings)
+    for section, settings in _trained(recipe).items():
+        _accepted(recipe, section, settings)
     check_method(recipe)
 
 
@@ -77,10 +78,15 @@ def check_method(recipe: Recipe) -> None:
     o = recipe.optimise
     if o.method != "none":
         together = o.per_device_train_batch_size * recipe.processes.count  # TRL asks whether prompts fill a step of all processes
-        _accepted(recipe, o.model_copy(update={"per_device_train_batch_size": together}), own_config(o, recipe.sampling))
+        if o.method in ON_POLICY:
+            _whole_groups(o, together)
+        _accepted(recipe, "optimise", o.model_copy(update={"per_device_train_batch_size": together}), own_config(o, recipe.sampling))
+        if o.method == "dpo" and (o.answers or recipe.sampling.train_generations) < 2:
+            what = "dpo learns from the best and the worst of a prompt's answers, and there is one"
+            raise ConfigError(what, where="optimise.answers", do="give 2 or more; null takes sampling.train_generations")
     tokens, model = o.method == "grpo" and o.on_policy.dense == "discriminator", recipe.sft_model_name_or_path or recipe.model_name_or_path
     if o.method == "gad" or tokens:
-        _accepted(recipe, o.discriminator)
+        _accepted(recipe, "optimise.discriminator", o.discriminator)
     if tokens and model and not has_token_head(model):
         what = "transformers has no token classifier for models of this type, so none of its tokens can be told apart"
         raise ConfigError(what, where=f"optimise.on_policy.dense, {model}", do="use dense=log-ratio, or none")
@@ -88,9 +94,20 @@ def check_method(recipe: Recipe) -> None:
         load_config(o.on_policy.encoder)
 
 
-def _accepted(recipe: Recipe, settings: TrainerSettings, config: Config | None = None) -> None:
+def _whole_groups(o: OptimiseSettings, rows: int) -> None:
+    """Raises ConfigError where the answers that are drawn at once, `rows` of them times the steps that are added up, make no whole number of groups."""
+    drawn, group = rows * o.gradient_accumulation_steps, o.on_policy.num_generations
+    if drawn % group and not {"generation_batch_size", "steps_per_generation"} & o.trainer.keys():
+        what = f"a step of {drawn} answers is no whole number of groups of {group} answers to one prompt"
+        do = "make optimise.per_device_train_batch_size (times gradient_accumulation_steps and processes) a multiple of it"
+        raise ConfigError(what, where="optimise.on_policy.num_generations", do=do)
+
+
+def _accepted(recipe: Recipe, section: str, settings: TrainerSettings, config: Config | None = None) -> None:
     if config or settings.trainer or recipe.report_to != "none" or settings.lr_scheduler_type != type(settings)().lr_scheduler_type:
-        training_arguments(settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to, config=config)
+        training_arguments(
+            settings, Path(recipe.output_dir), seed=recipe.seed, bf16=False, report_to=recipe.report_to, config=config, section=section
+        )
 
 
 def _together(recipe: Recipe) -> None:
@@ -115,8 +132,8 @@ def _golden(spec: str) -> None:
         load_config(os.path.expanduser(spec))
 
 
-def _trained(recipe: Recipe) -> list[TrainerSettings]:
-    """The settings of every stage before the policy method that trains through transformers' Trainer."""
-    found: list[TrainerSettings] = [recipe.pretrain] if recipe.world is not None else []
-    found += [] if recipe.sft_model_name_or_path or recipe.pools else [recipe.sft]
-    return found if recipe.reward.kind == "features" else [*found, recipe.reward]
+def _trained(recipe: Recipe) -> dict[str, TrainerSettings]:
+    """The settings of every stage before the policy method that trains through transformers' Trainer, by their section."""
+    found: dict[str, TrainerSettings] = {"pretrain": recipe.pretrain} if recipe.world is not None else {}
+    found |= {} if recipe.sft_model_name_or_path or recipe.pools else {"sft": recipe.sft}
+    return found if recipe.reward.kind == "features" else {**found, "reward": recipe.reward}

@@ -132,6 +132,10 @@ class Run:
         self._own = tuple(outputs)
         entry = self._entry(settings, inputs or {})
         before = self.stages.get(name)
+        stands = before if before is None or before["status"] == "complete" else before.get("stands")
+        if before is not None and stands and (before is not stands) and self._why(stands, entry) is None:
+            self._record(name, stands)  # what an attempt with other settings would have replaced
+            before = stands
         reason = self._why(before, entry)
         if reason is None:
             say(f"{name}: complete, nothing has changed")
@@ -145,12 +149,12 @@ class Run:
             started = time.monotonic()
             reset_peak_memory()
             try:
-                self._record(name, entry)
+                self._record(name, tried := {**entry, **({"stands": stands} if stands else {})})
                 with freed_memory_kept(), _events_kept(self.path(TRACKED, name)):
                     notes = build(folder)
                 self._seal(folder, {**entry, "notes": plain(notes or {}), "seconds": round(time.monotonic() - started, 3)})
             except BaseException as error:
-                self._record_failure(name, entry, error)
+                self._record_failure(name, tried, error)
                 raise
             self._publish(name)
         return True
@@ -164,6 +168,15 @@ class Run:
                     if not place.exists() or self._hash(place) != known:
                         what = f"{output} is {'damaged, or was changed' if place.exists() else 'gone'} since the stage {name} made it"
                         raise RunError(what, where=self.root, do=f"irlign run {self.root}: it makes it again")
+
+    def outdated(self, name: str) -> str | None:
+        """The stage that has made an input of this one anew since this one used it, or has failed to; None where there is none. By the manifest alone."""
+        for of in self.stages.get(name, {}).get("inputs", {}).values():
+            for other, entry in self.stages.items():
+                made = {**entry, **entry.get("stands", {})}
+                if of["path"] in made["outputs"] and (made["status"] != "complete" or made["outputs"][of["path"]] != of["sha256"]):
+                    return other
+        return None
 
     def input_hashes(self, inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:
         """`{label: {"path", "sha256"}}` of a stage's inputs.

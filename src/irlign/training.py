@@ -6,13 +6,14 @@ SFT and reward training both hand rows that `data/chat.py` tokenized and masked 
 import gc
 import json
 import math
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from irlign.config import PassOn, Settings
 from irlign.errors import ConfigError, ModelError, out_of_memory
@@ -31,7 +32,7 @@ class TrainerSettings(Settings):
 
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate (AdamW)")
     num_train_epochs: float = Field(3.0, gt=0, description="passes over the rows")
-    max_steps: int = Field(-1, description="stop after this many steps; -1 = all epochs")
+    max_steps: int = Field(-1, ge=-1, description="stop after this many steps; -1 = all epochs")
     per_device_train_batch_size: int = Field(16, ge=1, description="rows a step on each device")
     gradient_accumulation_steps: int = Field(1, ge=1, description="steps whose gradients are added up")
     lr_scheduler_type: str = Field("cosine", description="learning-rate schedule")
@@ -43,6 +44,13 @@ class TrainerSettings(Settings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout")
     lora_target_modules: str | list[str] = Field("all-linear", description="which layers carry the adapter")
     trainer: PassOn = Field(default_factory=dict, description="any further field of transformers' TrainingArguments")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some(cls, steps: int) -> int:
+        if steps == 0:
+            raise ValueError("no step trains nothing: give 1 or more, or -1 for all epochs")
+        return steps
 
 
 def bf16_pays(parameters: int) -> bool:
@@ -63,12 +71,19 @@ def precision(model: "PreTrainedModel", settings: TrainerSettings) -> bool:
 
 
 def training_arguments(
-    settings: TrainerSettings, folder: Path, *, seed: int, bf16: bool, report_to: str, config: Config | None = None
+    settings: TrainerSettings,
+    folder: Path,
+    *,
+    seed: int,
+    bf16: bool,
+    report_to: str,
+    config: Config | None = None,
+    section: str | None = None,
 ) -> Any:
     """TrainingArguments from the settings, or a method's own kind of them, `config`: its class and the fields it sets.
     `settings.trainer` wins over everything said here.
 
-    Raises ConfigError where the class refuses a field or a tracker is unknown or not installed.
+    Raises ConfigError where the class refuses a field or a tracker is unknown or not installed; `section` is where the recipe has the settings.
     """
     import torch
     from transformers import TrainingArguments
@@ -105,7 +120,9 @@ def training_arguments(
     try:
         arguments = kind(**fields)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"{kind.__name__} refuses it: {error}", where="trainer") from error
+        said = re.sub(r"^\w+\.__init__\(\) got an unexpected keyword argument", "there is no field", str(error))
+        do = "correct the field or leave it out; trainer={} clears what a recipe has stored for another method"
+        raise ConfigError(f"{kind.__name__} refuses it: {said}", where=".".join(filter(None, (section, "trainer"))), do=do) from error
     try:
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
             tracker()

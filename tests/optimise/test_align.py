@@ -273,11 +273,11 @@ def test_keys_of_other_methods_are_said_and_change_nothing(copied, judge, monkey
     monkeypatch.setattr(pipeline, "say", said.append)
     shared = {"method": "weighted-sft", "max_steps": 1}
     run_stage("optimise", small_recipe(copied, optimise={**shared, "winners": 2, "preference": {"beta": 0.3}}))
-    assert "optimise: of the recipe's keys winners, preference have no part in weighted-sft" in said
+    told = "optimise: weighted-sft with learning_rate=0.001, max_steps=1, generations=2 (no part in it: winners, preference)"
+    assert told in said
     run_stage("optimise", small_recipe(copied, optimise=shared))
-    assert OptimiseSettings(method="distill", winners=2, answers=4).idle == [] and OptimiseSettings(method="rloo", answers=4).idle == [
-        "answers"
-    ]
+    assert OptimiseSettings(method="distill", winners=2).in_words == "distill with winners=2"
+    assert OptimiseSettings(method="rloo", answers=4).in_words == "rloo with the defaults (no part in it: answers)"
 
 
 def test_with_nothing_to_learn_from_sft_is_published(copied, judge, monkeypatch):

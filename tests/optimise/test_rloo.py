@@ -301,7 +301,7 @@ def test_prompts_fill_a_step_of_all_processes():
         if count == 8:
             check_method(recipe)
         else:
-            with pytest.raises(ConfigError, match="divisible by num_generations"):
+            with pytest.raises(ConfigError, match="a step of 2 answers is no whole number of groups of 8"):
                 check_method(recipe)
 
 

@@ -123,7 +123,7 @@ def test_each_alarm_goes_off_where_it_should():
         alarms_of(_measures(), sft, fine, [_candidate("one", fine + 0.2), _candidate("two", fine - 0.2)], 4),
     )
     assert [a["name"].split("'s ")[-1] for a in grown + repeated] == ["answers have grown", "answers repeat"]
-    assert "turns down" in below[0]["name"] and "-0.30 sd, and was +0.00" in below[0]["seen"]
+    assert "turns down" in below[0]["name"] and below[0]["seen"] == "the gain over SFT is -0.30 sd"
     assert "+0.30 sd, and was +0.50" in turned[0]["seen"] and len(grown) == len(repeated) == len(below) == len(turned) == 1
     noisy = np.random.default_rng(0).normal(size=40)
     assert alarms_of(_measures(), sft, noisy, [_candidate("one", noisy[::-1])], 4) == []  # a fall within the noise is none

@@ -88,7 +88,7 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
             answers = [s for s in _answers(work, made) if s.prompt.split == "dev"]
             found.append(weighed(work, made, answers, sft, base, shown, found))
         if alarms := found[-1].about["alarms"]:
-            say(f"optimise: {alarms[0]['name']}, so no further round is made")
+            say(f"optimise: {alarms[0]['name']}{', so no further round is made' if number < work.settings.rounds else ''}")
             break
     return choice_of(found, base, kept, ended)
 

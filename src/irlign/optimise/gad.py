@@ -31,6 +31,7 @@ def discriminator_of(work: Work, number: int) -> tuple[Path, dict[str, Any]]:
             "seed": work.run.seed,
             "report_to": work.report_to,
             "processes": work.processes,
+            "section": "optimise.discriminator",
         }
         train_reward_of(own, work.run.path("policies/sft"), pairs[0], {"sft-demo": []}, folder=place, checkpoints=checkpoints, **about)
     return place, read_json(place / "reward.json")["training"]

@@ -5,7 +5,8 @@ demonstrations desirable, own answers undesirable, unpaired. TRL gets rows that 
 from the format of SFT and sampling (a second BOS, EOS after a cut answer, special tokens in the user's text).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -115,6 +116,15 @@ def _given(batch: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
     return {name: torch.tensor([row[name] for row in batch]) for name in names if name in batch[0]}
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """What a trainer of TRL's says against its arguments, such as a `loss_type` that it does not know, as a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"TRL refuses it: {error}", where="optimise.trainer", do="correct the field, or leave it out") from error
+
+
 def need_trl() -> None:
     """Raises ConfigError where TRL is not installed."""
     if find_spec("trl") is None:
@@ -201,6 +211,7 @@ def _train(
     tuning = Tuning(start, dev, settings, **about)
     rows, pad_id, limit = rows_of(tuning.form), tuning.policy.pad_id, tuning.policy.max_length
     shared = tuning.for_trl(tuning.arguments(config), rows)
-    trainer = kind(**shared, data_collator=lambda batch: batch_of(batch, pad_id, limit))
+    with refused():
+        trainer = kind(**shared, data_collator=lambda batch: batch_of(batch, pad_id, limit))
     trainer.least_rows = least
     return {**tuning.finish(trainer, METRICS), "rows": len(rows)}

@@ -17,7 +17,7 @@ from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.dense import Dense
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.drawing import Drawn, drawing_here, drawing_of, known_trl, paying_tokens
-from irlign.optimise.preference import need_trl
+from irlign.optimise.preference import need_trl, refused
 from irlign.optimise.settings import OnPolicySettings
 from irlign.policy.tuning import Tuning
 from irlign.progress import say, silently
@@ -177,7 +177,8 @@ def train_on_policy(
 
     pairs = not issubclass(config[0], RLOOConfig)
     kind = drawing_here(GRPOTrainer if pairs else RLOOTrainer, pairs)
-    trainer = (paying_tokens(kind) if dense else kind)(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
+    with refused():
+        trainer = (paying_tokens(kind) if dense else kind)(**tuning.for_trl(arguments, rows), reward_funcs=shaped_rewards)
     trainer.drawing = drawing_of(trainer, policy, form, stop, {*settings.trainer})
     drawn = Drawn(tuning.checkpoints / "drawn.json", trainer.accelerator, longest)
     trainer.add_callback(drawn.watch())

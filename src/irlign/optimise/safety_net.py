@@ -132,7 +132,8 @@ def alarms_of(
         found.append(("the aligned policy has moved far from SFT", seen, do))
     best = max([np.zeros_like(gains_P), *confirmed], key=lambda of: float(of.mean()))
     if lower_bounds((best - gains_P)[:, None])[0] > 0:
-        seen = f"the gain over SFT is {gains_P.mean():+.2f} sd, and was {best.mean():+.2f} before"
+        before = f", and was {best.mean():+.2f} before" if best.any() else ""
+        seen = f"the gain over SFT is {gains_P.mean():+.2f} sd{before}"
         found.append(("by the judge, the aligned policy turns down", seen, "train fewer steps, or fewer rounds"))
     return [{"name": name, "seen": seen, "do": do} for name, seen, do in found]
 

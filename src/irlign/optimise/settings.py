@@ -1,6 +1,6 @@
 """What `optimise` in a recipe says, for all policy methods."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,8 @@ from irlign.optimise.preference import PreferenceSettings
 from irlign.reward.contrasts import RefreshName
 from irlign.training import TrainerSettings
 
+MethodName = Literal["distill", "weighted-sft", "dpo", "spin", "ditto", "kto", "gsil", "rloo", "grpo", "rlsr", "gad"]
+NAMES: tuple[str, ...] = get_args(MethodName)
 REWARDED = ("distill", "dpo", "rloo", "grpo")  # the methods in which the reward has a part
 ON_POLICY = ("rloo", "grpo", "rlsr", "gad")  # those that draw answers as they learn
 OVER_OWN = ("dpo", "spin", "ditto", "kto", "gsil")  # those that weigh answers that are given against each other
@@ -21,11 +23,11 @@ PARTS = {  # which methods a key has a part in, where not in all
     "discriminator": ("gad", "grpo"),
 }
 UNSHAPED = {"rlsr": "the cosine to the demonstration", "gad": "what its discriminator says"}  # what pays, as it is
-ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer, or "
+ITSELF = "{} draws its answers itself, so a second round would only go on under the same reward: train longer and leave optimise.rounds at 1, or "
 ONE_ROUND = {  # why
     "weighted-sft": "a round learns from samples of the one before, and {} learns from demonstrations: leave optimise.rounds out",
     **dict.fromkeys(("rloo", "grpo"), f"{ITSELF}refresh it (optimise.refresh)"),
-    **dict.fromkeys(("rlsr", "gad"), f"{ITSELF}leave optimise.rounds out"),
+    **dict.fromkeys(("rlsr", "gad"), ITSELF.removesuffix(", or ")),
 }
 
 
@@ -71,7 +73,7 @@ class OnPolicySettings(Settings):
 class OptimiseSettings(TrainerSettings):
     """From the reward to a policy that needs none at inference, published only where it is shown to beat pi_SFT."""
 
-    method: Literal["distill", "weighted-sft", "dpo", "spin", "ditto", "kto", "gsil", "rloo", "grpo", "rlsr", "gad", "none"] = Field(
+    method: Literal[MethodName, "none"] = Field(
         "distill",
         description="distill: fine-tune on Best-of-n winners; weighted-sft: SFT with occupancy weights, from pi_0; dpo: the best of a "
         "prompt's answers over the worst; spin: demonstrations over own answers; ditto: those over earlier policies' too; kto: demonstrations good, own answers bad; "
@@ -117,10 +119,10 @@ class OptimiseSettings(TrainerSettings):
                     "the reward is refreshed from the second round on: give optimise.rounds of 2 or more, or leave refresh out"
                 )
         if self.on_policy.dense != "none" and self.method not in ("grpo", "none"):
-            raise ValueError(f"{self.method} pays whole answers: on_policy.dense is for optimise.method=grpo, else leave it out")
+            raise ValueError(f"{self.method} pays whole answers: optimise.on_policy.dense is for grpo, here it has to be none")
         if self.method in UNSHAPED and self.on_policy.objective != "reverse-kl":
             raise ValueError(
-                f"{self.method} pays {UNSHAPED[self.method]} as it is: on_policy.objective is for rloo and grpo, else leave it out"
+                f"{self.method} pays {UNSHAPED[self.method]} as it is: optimise.on_policy.objective is for rloo and grpo, here it has to be reverse-kl"
             )
         if len({f"{100 * share:g}" for share in self.kept}) < len(self.kept):
             raise ValueError("two shares of keep_checkpoints are the same in six digits: leave one out")
@@ -141,10 +143,14 @@ class OptimiseSettings(TrainerSettings):
         return self.method in REWARDED and (self.on_policy.dense == "none" or self.on_policy.dense_share < 1)
 
     @property
-    def idle(self) -> list[str]:
-        """The keys that were given and have no part in this method: a recipe may be another method's."""
-        default = type(self)()
-        return [key for key, methods in PARTS.items() if self.method not in methods and getattr(self, key) != getattr(default, key)]
+    def in_words(self) -> str:
+        """The method and all that is not as by default, since a recipe may hold more than a command says; and which keys have no part in this method, as
+        where it is another's recipe."""
+        given = {key: value for key, value in self.model_dump(exclude_defaults=True).items() if key != "method"}
+        idle = [key for key in given if self.method not in PARTS.get(key, (self.method,))]
+        own = ", ".join(f"{key}={value}" for key, value in given.items() if key not in idle)
+        words = f"{self.method} with {own or 'the defaults'}"
+        return f"{words} (no part in it: {', '.join(idle)})" if idle else words
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -54,7 +54,9 @@ class Tuning:
     def arguments(self, config: Config | None = None) -> Any:
         """TrainingArguments, or a method's own kind of them (`config`); from here on weights that are trained themselves are float32."""
         bf16 = precision(self.policy.model, self.settings)
-        return training_arguments(self.settings, self.checkpoints, seed=self.seed, bf16=bf16, report_to=self.report_to, config=config)
+        return training_arguments(
+            self.settings, self.checkpoints, seed=self.seed, bf16=bf16, report_to=self.report_to, config=config, section=self.stage
+        )
 
     def trainer(
         self,

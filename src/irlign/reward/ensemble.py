@@ -95,11 +95,12 @@ def train_ensemble(
     seed: int,
     report_to: str,
     processes: ProcessSettings = ProcessSettings(),
+    section: str = "reward",
 ) -> dict[str, Any]:
     """Train `settings.members` rewards and save them in `folder`, as a classifier (one member, or the average of the weights) or
     as members in folders of their own. Returns what reward.json says of it: `kind`, the members' training logs, dev accuracy.
     """
-    options: dict[str, Any] = {"chat_template": chat_template, "report_to": report_to}
+    options: dict[str, Any] = {"chat_template": chat_template, "report_to": report_to, "section": section}
     if settings.members == 1:
         log = launch(processes, train_reward, backbone, pairs, dev, settings, folder=folder, checkpoints=checkpoints, seed=seed, **options)
         return {"kind": "classifier", **_about([log], log["pairs"], log["dev"])}

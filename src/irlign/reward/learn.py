@@ -36,17 +36,18 @@ def train_reward_of(
     features: Features | None = None,
     encoder: str | None = None,
     processes: ProcessSettings = ProcessSettings(),
+    section: str = "reward",
 ) -> dict[str, Any]:
     """Train the reward of `settings` on the pairs of its contrasts (`settings.weights` names them) and save it in `folder`.
 
     `backbone` is a policy's folder or an encoder's, which reads prompt and answer as a text pair (data/pairs.py); `features` of it that are known already are not computed
-    again, and `encoder` is its place as reward.json states it (relative to `folder`; by default the whole path). `processes` train each network. Returns what reward.json
-    says; `load_reward(folder)` reads it.
+    again, and `encoder` is its place as reward.json states it (relative to `folder`; by default the whole path). `processes` train each network; `section` of the recipe has the
+    settings, as errors say it. Returns what reward.json says; `load_reward(folder)` reads it.
     """
     if settings.kind != "features" and is_encoder(backbone):
         chat_template = PAIR
     options: dict[str, Any] = {"folder": folder, "checkpoints": checkpoints, "chat_template": chat_template, "seed": seed}
-    own = {"features": features, "encoder": encoder} if settings.kind == "features" else {"processes": processes}
+    own = {"features": features, "encoder": encoder} if settings.kind == "features" else {"processes": processes, "section": section}
     options |= {"report_to": report_to, **own}
     if settings.ensemble:
         log = train_contrasts(settings, backbone, pairs, dev, **options)

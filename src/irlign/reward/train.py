@@ -120,9 +120,11 @@ def fit_classifier(
     report_to: str,
     head_seed: int | None = None,
     heads: int = 1,
+    section: str = "reward",
 ) -> tuple[Classifier, dict[str, Any]]:
     """A classifier trained on the pairs, and its steps and losses. A row of the Trainer is a pair; both losses see the same batches.
-    `head_seed` (by default `seed`) is what the fresh head is drawn from; of several `heads` each sees its own fold of the pairs.
+    `head_seed` (by default `seed`) is what the fresh head is drawn from; of several `heads` each sees its own fold of the pairs. `section` of the recipe is
+    where the settings come from, as progress and errors say it.
     """
     from transformers import Trainer, set_seed
 
@@ -143,7 +145,7 @@ def fit_classifier(
         data_collator=lambda batch: _collate(batch, reward.pad_id, forked),
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: _loss(settings.loss, outputs, labels, num_items_in_batch),
     )
-    log = fit(trainer, "reward", checkpoints)
+    log = fit(trainer, section, checkpoints)
     reward.model = merged(trainer.model, settings).eval()
     return reward, log
 
