@@ -149,7 +149,7 @@ def test_an_evaluation_of_before_is_refused(finished, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "say", said.append)
         pipeline.run_stage("optimise", changed)
-    assert said[-1] == f"eval, report: of before this; irlign report output_dir={b} brings up to date"
+    assert said[-1] == f"the evaluation and the report are of before this: irlign report output_dir={b} brings them up to date"
     with pytest.raises(RunError, match="its evaluation is older than its optimise"):
         compare_runs([a, b], tmp_path / "compare.html")
     run(changed)

@@ -134,7 +134,7 @@ def test_a_budget_that_changes_nothing_is_said(copied, monkeypatch, budget, line
     said = []
     monkeypatch.setattr("irlign.pipeline.say", said.append)
     run_stage("bon", small_recipe(copied, best_of_n={"n": 2, "force": True, "budget": budget}))
-    assert said[-2].startswith(line) and said[-1].startswith("eval, report: of before this; irlign report")
+    assert said[-2].startswith(line) and said[-1].startswith("the evaluation and the report are of before this: irlign report")
 
 
 def test_with_a_budget_each_prompt_uses_its_own_number_of_answers(copied):
