@@ -32,9 +32,13 @@ def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
     judged, rewarded = gains_over(sft, own)
     assert judged == pytest.approx([(3 - 1) / spread, (7 - 5) / spread]) and rewarded == pytest.approx(-judged)
     assert gains_over(sft, sft)[0] == pytest.approx([0, 0])
-    assert sft.measures(2) == pytest.approx({"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4})
+    assert sft.measures(2) == pytest.approx(
+        {"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4, "distinct_3": 1}
+    )
     assert sft.measures(1)["distinct_answers"] == 1  # among as many answers as the other has
-    assert own.measures(4) == pytest.approx({"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1, "commonest_answer": 1 / 3})
+    assert own.measures(4) == pytest.approx(
+        {"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1, "commonest_answer": 1 / 3, "distinct_3": 1}
+    )
 
 
 def test_kl_is_the_mean_log_ratio_over_prompts():
@@ -104,11 +108,18 @@ def test_more_candidates_ask_for_more():
     assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.66039 * 0.08844], abs=1e-4)
 
 
-def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, **nats):
+def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, distinct_3=0.8, **nats):
     """What alarms are made of; KLs are (low, mean, high)."""
     nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
     found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
-    return {"tokens": tokens, "finished": finished, "distinct_answers": distinct_answers, "commonest_answer": commonest_answer, **found}
+    return {
+        "tokens": tokens,
+        "finished": finished,
+        "distinct_answers": distinct_answers,
+        "commonest_answer": commonest_answer,
+        "distinct_3": distinct_3,
+        **found,
+    }
 
 
 def test_each_alarm_goes_off_where_it_should():
@@ -138,6 +149,24 @@ def test_answers_that_no_longer_end_are_an_alarm_however_long_those_of_sft_are()
     assert found["name"] == "the aligned policy no longer ends its answers" and found["seen"].startswith("69% of its answers end")
     assert alarms_of(_measures(tokens=128.0, finished=0.71), sft, fine, [], 4) == []
     assert alarms_of(_measures(tokens=96.0, finished=0.0), {**sft, "finished": 0.1}, fine, [], 4) == []
+
+
+def test_phrases_are_counted_over_one_answer_a_prompt():
+    """Alike to both prompts: two trigrams of four differ; within a prompt answers may be alike, as where one is right. Fewer than three words have none."""
+    same = _judged((P, "he loved to explore", 4, 0), (Q, "he loved to explore", 4, 0))
+    right = _judged((P, "a b c d", 4, 0), (P, "a b c d", 4, 0), (Q, "e f g", 4, 0), (Q, "e f g", 4, 0))
+    assert (
+        same.measures(4)["distinct_3"] == 0.5
+        and right.measures(4)["distinct_3"] == 1 == _judged((P, "a b", 2, 0)).measures(4)["distinct_3"]
+    )
+
+
+def test_a_policy_that_says_the_same_to_many_prompts_raises_an_alarm():
+    """However each of its answers differs from the next by a word, and however near it is."""
+    fine, sft = np.tile([0.4, 0.2], 20), _measures(distinct_3=0.8, kl_initial=(9.0, 9.1, 9.2))
+    (found,) = alarms_of(_measures(distinct_3=0.39), sft, fine, [], 4)
+    assert found["name"] == "the aligned policy says the same to many prompts" and "39% differ, and 80% of SFT's" in found["seen"]
+    assert alarms_of(_measures(distinct_3=0.41), sft, fine, [], 4) == []
 
 
 def test_of_two_answers_fewer_differ_too():

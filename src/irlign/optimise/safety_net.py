@@ -15,14 +15,14 @@ import numpy as np
 
 from irlign.optimise.label_free import ALPHA, lower_bounds
 from irlign.records import Sample
-from irlign.statistics import estimate, kl_bound
+from irlign.statistics import distinct_n, estimate, kl_bound
 
-LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers so many times as frequent
+LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers or trigrams so many times as frequent
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
 UNENDED = 0.2  # alarm: so much less of its answers end within the limit
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
-RULE = "judge and reward, the first round or one shown to beat it"  # of the choice, for the stage's record: another one is another choice
+RULE = "judge and reward, the first round or one shown to beat it; alarms of endings and phrases"  # of the choice, for the stage's record: another one is another choice
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,20 @@ class Judged:
     rewards: np.ndarray
 
     def measures(self, generations: int) -> dict[str, float]:
-        """`tokens` of an answer, the share `finished`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ, and
-        `commonest_answer`, the share of all prompts' that are one and the same."""
+        """`tokens` of an answer, the share `finished`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ,
+        `commonest_answer`, the share of all prompts' that are one and the same, and `distinct_3`, of the word trigrams in one answer a prompt the share that differ."""
         texts: dict[str, list[str]] = {}
+        turns: dict[int, list[str]] = {}
         for sample in self.samples:
             if sample.index < generations:
                 texts.setdefault(sample.prompt.prompt_id, []).append(sample.completion)
+                turns.setdefault(sample.index, []).append(sample.completion)
         return {
             "tokens": float(np.mean([s.tokens for s in self.samples])),
             "finished": float(np.mean([s.finished for s in self.samples])),
             "distinct_answers": float(np.mean([len(set(of)) / len(of) for of in texts.values()])),
             "commonest_answer": max(Counter(everything := [text for of in texts.values() for text in of]).values()) / len(everything),
+            "distinct_3": float(np.mean([distinct_n(of, 3) or 1.0 for of in turns.values()])),  # without a trigram nothing repeats
         }
 
 
@@ -100,8 +103,8 @@ def few(distinct: float, generations: int) -> float:
 def alarms_of(
     measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate], generations: int
 ) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that repeat, one answer to many
-    prompts, a policy that has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that repeat, one answer, or
+    the same phrases, to many prompts, a policy that has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the
     reward shows to gain. `generations` is the number of a prompt's answers that `distinct_answers` is a share of.
 
     Both witnesses read an answer that was cut as if it had ended, and where pi_SFT's are long none can be LONGER within the limit: so the second alarm.
@@ -126,6 +129,11 @@ def alarms_of(
     if measures["commonest_answer"] > max(COMMON, OFTENER * sft["commonest_answer"]):
         seen = f"{measures['commonest_answer']:.0%} of all answers are the same, and {sft['commonest_answer']:.0%} of SFT's"
         found.append(("the aligned policy gives one answer to many prompts", seen, "read the samples: the reward may pay for a phrase"))
+    if measures["distinct_3"] < FEWER * sft["distinct_3"]:
+        seen = f"of the word trigrams in one answer a prompt {measures['distinct_3']:.0%} differ, and {sft['distinct_3']:.0%} of SFT's"
+        found.append(
+            ("the aligned policy says the same to many prompts", seen, "read the samples: reward and judge may both be pleased by a phrase")
+        )
     if moved["ci95"][0] > max(most, sft_moved["ci95"][1]):
         seen = f"{moved['mean']:.1f} nats an answer; SFT moved {sft_moved['mean']:.1f} from the initial policy, and the best of {FAR} answers at most {most:.1f}"
         do = "lower optimise.learning_rate or num_train_epochs, or hold it harder where the method has a beta"
