@@ -118,6 +118,7 @@ def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished
         "distinct_answers": distinct_answers,
         "commonest_answer": commonest_answer,
         "distinct_3": distinct_3,
+        "distinct_3_picked": distinct_3,
         **found,
     }
 
@@ -155,18 +156,22 @@ def test_phrases_are_counted_over_one_answer_a_prompt():
     """Alike to both prompts: two trigrams of four differ; within a prompt answers may be alike, as where one is right. Fewer than three words have none."""
     same = _judged((P, "he loved to explore", 4, 0), (Q, "he loved to explore", 4, 0))
     right = _judged((P, "a b c d", 4, 0), (P, "a b c d", 4, 0), (Q, "e f g", 4, 0), (Q, "e f g", 4, 0))
-    assert (
-        same.measures(4)["distinct_3"] == 0.5
-        and right.measures(4)["distinct_3"] == 1 == _judged((P, "a b", 2, 0)).measures(4)["distinct_3"]
+    few = _judged((P, "a b", 2, 0))
+    assert same.measures(4)["distinct_3"] == 0.5 and right.measures(4)["distinct_3"] == few.measures(4)["distinct_3"] == 1
+    # the reward is ten less the logit: of p the second is picked, of q the one that ended
+    picked = _judged(
+        (P, "he sang a song", 4, 3), (P, "he loved to explore", 4, 1), (Q, "she sang a song", 9, 0), (Q, "he loved to explore", 4, 5)
     )
+    assert picked.phrases_picked() == same.phrases_picked() == 0.5 and right.phrases_picked() == few.phrases_picked() == 1
 
 
 def test_a_policy_that_says_the_same_to_many_prompts_raises_an_alarm():
     """However each of its answers differs from the next by a word, and however near it is."""
-    fine, sft = np.tile([0.4, 0.2], 20), _measures(distinct_3=0.8, kl_initial=(9.0, 9.1, 9.2))
-    (found,) = alarms_of(_measures(distinct_3=0.39), sft, fine, [], 4)
-    assert found["name"] == "the aligned policy says the same to many prompts" and "39% differ, and 80% of SFT's" in found["seen"]
-    assert alarms_of(_measures(distinct_3=0.41), sft, fine, [], 4) == []
+    fine, sft = np.tile([0.4, 0.2], 20), {**_measures(distinct_3=0.9, kl_initial=(9.0, 9.1, 9.2)), "distinct_3_picked": 0.6}
+    (found,) = alarms_of(_measures(distinct_3=0.29), sft, fine, [], 4)
+    assert found["name"] == "the aligned policy says the same to many prompts"
+    assert found["seen"].endswith("29% differ, 90% of SFT's and 60% of the best of those")
+    assert alarms_of(_measures(distinct_3=0.31), sft, fine, [], 4) == []  # the reward's own picks give up much of it already
 
 
 def test_of_two_answers_fewer_differ_too():

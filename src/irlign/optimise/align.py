@@ -137,7 +137,7 @@ def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
     """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
     few = [s for s in sft.samples if s.index < work.weighed]
     own, initial = (answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init"))
-    return {**sft.measures(work.weighed), "kl_initial": kl(few, own, initial)}
+    return {**sft.measures(work.weighed), "distinct_3_picked": sft.phrases_picked(), "kl_initial": kl(few, own, initial)}
 
 
 def judged_by_both(

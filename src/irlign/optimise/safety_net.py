@@ -50,6 +50,14 @@ class Judged:
             "distinct_3": float(np.mean([distinct_n(of, 3) or 1.0 for of in turns.values()])),  # without a trigram nothing repeats
         }
 
+    def phrases_picked(self) -> float:
+        """`distinct_3` of the answer that the reward picks for each prompt, finished ones first: how much of the variety selection itself gives up."""
+        best: dict[str, tuple[bool, float, str]] = {}
+        for sample, reward in zip(self.samples, self.rewards.tolist(), strict=True):
+            prompt, mine = sample.prompt.prompt_id, (sample.finished, reward, sample.completion)
+            best[prompt] = max(best.get(prompt, mine), mine)
+        return distinct_n([text for *_, text in best.values()], 3) or 1.0
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -108,7 +116,7 @@ def alarms_of(
     reward shows to gain. `generations` is the number of a prompt's answers that `distinct_answers` is a share of.
 
     Both witnesses read an answer that was cut as if it had ended, and where pi_SFT's are long none can be LONGER within the limit: so the second alarm.
-    Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
+    The phrases are compared with those of the answers that the reward picks among pi_SFT's: where it drops idle words, so does Best-of-n. Answers repeat where less than FEWER of pi_SFT's share differ and `kl_sft` (its whole interval) is beyond what the best of FAR answers costs at
     most: up to there a prompt's answers grow alike in Best-of-n too, and where one answer is right that is what there is to learn. Far is `kl_sft`
     beyond that and beyond `kl_initial` of pi_SFT: the judge has seen no such answers, and what training finds out there pleases it for nothing.
     """
@@ -129,8 +137,8 @@ def alarms_of(
     if measures["commonest_answer"] > max(COMMON, OFTENER * sft["commonest_answer"]):
         seen = f"{measures['commonest_answer']:.0%} of all answers are the same, and {sft['commonest_answer']:.0%} of SFT's"
         found.append(("the aligned policy gives one answer to many prompts", seen, "read the samples: the reward may pay for a phrase"))
-    if measures["distinct_3"] < FEWER * sft["distinct_3"]:
-        seen = f"of the word trigrams in one answer a prompt {measures['distinct_3']:.0%} differ, and {sft['distinct_3']:.0%} of SFT's"
+    if measures["distinct_3"] < FEWER * sft["distinct_3_picked"]:
+        seen = f"of the word trigrams in one answer a prompt {measures['distinct_3']:.0%} differ, {sft['distinct_3']:.0%} of SFT's and {sft['distinct_3_picked']:.0%} of the best of those"
         found.append(
             ("the aligned policy says the same to many prompts", seen, "read the samples: reward and judge may both be pleased by a phrase")
         )
