@@ -360,7 +360,7 @@ def test_what_stands_is_known_while_an_attempt_to_replace_it_has_failed(tmp_path
             assert run.stages["a"]["status"] == "failed" and run.stages["a"]["stands"] == whole
         assert said[-1] == "a: it failed, so it runs again"
     with _open(tmp_path) as run:
-        assert not run.do("a", _never, {"rate": 1}, outputs=["out"]) and run.stages["a"] == whole
+        assert not run.do("a", _never, {"rate": 1}, outputs=["out"]) and run.stages["a"] == whole and not (tmp_path / ".work/a").exists()
         with pytest.raises(ModelError):
             run.do("a", fails, {"rate": 9}, outputs=["out"])
         assert run.do("a", _write("out/x", "two"), {"rate": 2}, outputs=["out"]) and "stands" not in run.stages["a"]
@@ -379,5 +379,13 @@ def test_a_stage_is_out_of_date_where_what_it_used_was_made_anew(tmp_path):
         assert run.outdated("b") is None  # nothing was replaced
         run.do("a", _write("out/x", "one"), {"rate": 2}, outputs=["out"])
         assert run.outdated("b") is None  # the same once more
+        run.do("c", _write("last", "of b"), inputs={"page": "page"}, outputs=["last"])
         run.do("a", _write("out/x", "two"), {"rate": 3}, outputs=["out"])
-        assert run.outdated("b") == "a"
+        assert run.outdated("b") == run.outdated("c") == "a"  # by way of b too
+        with pytest.raises(ModelError):
+            run.do("b", fails, inputs={"out": "out"}, outputs=["page"])
+        assert run.outdated("b") == "a"  # its page is still that of the first
+        run.do("b", _write("page", "of two"), inputs={"out": "out"}, outputs=["page"])
+        assert run.outdated("b") is None
+        run.do("a", lambda folder: None)  # takes back what it had published
+        assert run.outdated("b") == "b"

@@ -55,7 +55,11 @@ def _results(run: Run) -> dict[str, Any]:
     if not run.path(RESULTS).is_file():
         raise RunError(f"this run is not finished: it has no {RESULTS}", where=run.root, do=f"finish it: {finish}")
     if stage := run.outdated("eval"):
-        raise RunError(f"its evaluation is older than its {stage}", where=run.root, do=f"measure again: {finish}")
+        what = "uses what is there no more" if stage == "eval" else f"is older than its {stage}"
+        raise RunError(f"its evaluation {what}", where=run.root, do=f"measure again: {finish}")
+    if unfinished := [name for name, entry in run.stages.items() if entry["status"] != "complete"]:
+        what = f"its recipe is that of an attempt that {unfinished[0]} did not finish, and its results are of before"
+        raise RunError(what, where=run.root, do=f"finish it, or give the settings of before: {finish}")
     results = read_json(run.path(RESULTS))
     if not isinstance(results, dict) or not set(NEEDED) <= set(results) or not {"n", "reward"} <= set(results["choice"] or ()):
         raise RunError("its results are not as this version of irlign writes them", where=run.path(RESULTS), do=f"measure again: {finish}")

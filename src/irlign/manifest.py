@@ -27,7 +27,9 @@ def is_entry(entry: Any) -> bool:
         or not all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
     ):
         return False
-    hashed = all(isinstance(value, dict) and "sha256" in value for value in entry["inputs"].values())
+    if "stands" in entry and not (is_entry(entry["stands"]) and entry["stands"]["status"] == "complete"):
+        return False
+    hashed = all(isinstance(value, dict) and {"sha256", "path"} <= value.keys() for value in entry["inputs"].values())
     replaced = entry.get("replaces", [])
     paths = [*entry["outputs"], *replaced] if isinstance(replaced, list) else [None]
     return hashed and all(isinstance(path, str) and path.strip("/.") and not _leaves(path) for path in paths)

@@ -77,10 +77,13 @@ def check_method(recipe: Recipe) -> None:
     """Raises ConfigError where the library of the policy method is missing or its training arguments refuse a field, its discriminator's too."""
     o = recipe.optimise
     if o.method != "none":
-        together = o.per_device_train_batch_size * recipe.processes.count  # TRL asks whether prompts fill a step of all processes
         if o.method in ON_POLICY:
-            _whole_groups(o, together)
-        _accepted(recipe, "optimise", o.model_copy(update={"per_device_train_batch_size": together}), own_config(o, recipe.sampling))
+            _whole_groups(o, recipe.processes.count)
+            rows = o.trainer.get(
+                "per_device_train_batch_size", o.per_device_train_batch_size
+            )  # TRL asks whether prompts fill a step of all processes
+            o = o.model_copy(update={"trainer": {**o.trainer, "per_device_train_batch_size": rows * recipe.processes.count}})
+        _accepted(recipe, "optimise", o, own_config(o, recipe.sampling))
         if o.method == "dpo" and (o.answers or recipe.sampling.train_generations) < 2:
             what = "dpo learns from the best and the worst of a prompt's answers, and there is one"
             raise ConfigError(what, where="optimise.answers", do="give 2 or more; null takes sampling.train_generations")
@@ -94,9 +97,10 @@ def check_method(recipe: Recipe) -> None:
         load_config(o.on_policy.encoder)
 
 
-def _whole_groups(o: OptimiseSettings, rows: int) -> None:
-    """Raises ConfigError where the answers that are drawn at once, `rows` of them times the steps that are added up, make no whole number of groups."""
-    drawn, group = rows * o.gradient_accumulation_steps, o.on_policy.num_generations
+def _whole_groups(o: OptimiseSettings, processes: int) -> None:
+    """Raises ConfigError where the answers that are drawn at once make no whole number of groups. What `trainer` says wins, as everywhere."""
+    says = {**o.model_dump(), "num_generations": o.on_policy.num_generations, **o.trainer}
+    drawn, group = says["per_device_train_batch_size"] * says["gradient_accumulation_steps"] * processes, says["num_generations"]
     if drawn % group and not {"generation_batch_size", "steps_per_generation"} & o.trainer.keys():
         what = f"a step of {drawn} answers is no whole number of groups of {group} answers to one prompt"
         do = "make optimise.per_device_train_batch_size (times gradient_accumulation_steps and processes) a multiple of it"

@@ -135,6 +135,7 @@ class Run:
         stands = before if before is None or before["status"] == "complete" else before.get("stands")
         if before is not None and stands and (before is not stands) and self._why(stands, entry) is None:
             self._record(name, stands)  # what an attempt with other settings would have replaced
+            self._discard(self.path(".work", name))
             before = stands
         reason = self._why(before, entry)
         if reason is None:
@@ -170,12 +171,21 @@ class Run:
                         raise RunError(what, where=self.root, do=f"irlign run {self.root}: it makes it again")
 
     def outdated(self, name: str) -> str | None:
-        """The stage that has made an input of this one anew since this one used it, or has failed to; None where there is none. By the manifest alone."""
-        for of in self.stages.get(name, {}).get("inputs", {}).values():
-            for other, entry in self.stages.items():
-                made = {**entry, **entry.get("stands", {})}
-                if of["path"] in made["outputs"] and (made["status"] != "complete" or made["outputs"][of["path"]] != of["sha256"]):
-                    return other
+        """The stage whose outputs are not what this one used, directly or by way of others, or has taken them back: `name` itself where that left no
+        trace. None where nothing is. Of a failed attempt what it would have replaced counts; outputs are taken to be as the manifest says."""
+        standing = {stage: entry.get("stands", entry) for stage, entry in self.stages.items()}
+        for label, of in standing.get(name, {}).get("inputs", {}).items():
+            path = of["path"]
+            maker = next((other for other, entry in standing.items() if any(overlap(path, output) for output in entry["outputs"])), None)
+            if maker is None or not self.path(path).exists():
+                if label == path:  # the run's own, and nobody has it any more
+                    return name
+                continue
+            made = standing[maker]
+            if made["status"] != "complete" or (made["outputs"].get(path) or self._hash(self.path(path))) != of["sha256"]:
+                return maker
+            if deeper := self.outdated(maker):
+                return deeper
         return None
 
     def input_hashes(self, inputs: Mapping[str, str | Path]) -> dict[str, dict[str, str]]:

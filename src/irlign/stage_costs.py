@@ -218,13 +218,17 @@ def _optimise(recipe: Recipe, sizes: Sizes, shape: Shape, backbone: Shape, speed
     pools: list[tuple[float, float]] = [(held_out, held_out * o.generations) for _ in range(o.rounds)]
     pools += [(p["dev"], p["dev"] * o.generations)] * (o.rounds * len(o.kept))
     candidates = o.rounds * (1 + len(o.kept))
-    pools += [(p["train"], own)] * (o.rounds - (each <= s.train_generations))  # the first round's are stored, or too few
+    pools += [(p["train"], own)] * (each > s.train_generations)  # else the first round's are stored
+    later = max(own, p["train"] * s.train_generations * (o.refresh != "none"))  # a reward that is refreshed reads as many as pi_0 has given
+    pools += [(p["train"], later)] * (o.rounds - 1)
+    again_sft = p["dev"] * o.generations * (s.here.engine != "transformers")  # by the engine that draws candidates
+    pools += [(p["dev"], again_sft)] * bool(again_sft)
     rows, several = _rows_of_rounds(recipe, sizes, own), recipe.processes.count
     trained = _trained("optimise", o, rows, length, sizes.longest, shape, speed, texts=1 + (o.method in PAIRED), processes=several)
     new = trained.trained / length if drawing else 0.0  # answers that are drawn and scored as it learns
     others = _discriminators(recipe, sizes, shape, speed, own + new / o.rounds)
     pools += [(new / o.on_policy.num_generations, new)] if drawing else []
-    texts = (own * o.rounds + new) * o.rewarded + p["dev"] * o.generations * candidates  # the reward learns from and weighs
+    texts = (own * o.rounds + new) * o.rewarded + p["dev"] * o.generations * candidates + again_sft  # the reward learns from and weighs
     judged = p["dev"] * (o.generations + s.initial_generations) + (1 + EXCHANGED) * dev
     weighed = 3.0 * p["dev"] * o.generations * candidates + 2 * p["dev"] * min(o.generations, s.num_generations)
     weighed += BESIDES.get(o.method, 0) * trained.trained / length + rows * (o.method == "gsil")  # its reference reads a row once

@@ -12,7 +12,7 @@ from small import small_recipe, witnesses
 
 from irlign import pipeline
 from irlign.config import load_recipe
-from irlign.errors import ConfigError, GuardError
+from irlign.errors import ConfigError, GuardError, ModelError
 from irlign.files import hash_path, read_table, write_json
 from irlign.optimise import align, methods, safety_net
 from irlign.optimise.scoring import scores_of
@@ -219,10 +219,10 @@ def test_a_later_round_that_cannot_be_made_ends_the_rounds(copied, judge, monkey
     judge(50.0)
     make = align.improve
 
-    def fails(at):
+    def fails(at, error=None):
         def improve(work, number, *rest):
             if number == at:
-                raise GuardError("length alone tells 91% of the pairs apart", do="shorten")
+                raise error or GuardError("length alone tells 91% of the pairs apart", do="shorten")
             return make(work, number, *rest)
 
         monkeypatch.setattr(align, "improve", improve)
@@ -235,6 +235,10 @@ def test_a_later_round_that_cannot_be_made_ends_the_rounds(copied, judge, monkey
     fails(1)
     with pytest.raises(GuardError, match="91%"):
         run_stage("optimise", small_recipe(copied, optimise={"rounds": 2}))
+    fails(2, ModelError("out of memory with per_device_train_batch_size=16; 8 fits", do="set it to 8"))
+    judge(50.0)
+    with pytest.raises(ModelError, match="8 fits"):  # says nothing of the round
+        run_stage("optimise", small_recipe(copied, optimise={"rounds": 4}))
 
 
 def test_answers_of_another_engine_are_drawn_again_for_the_comparison(copied, monkeypatch):

@@ -76,7 +76,7 @@ class Cats:
 class Raw(Dense):
     """As it is, in no unit."""
 
-    def in_units(self, form, samples, objective):
+    def in_units(self, form, samples, objective, ends=()):
         return lambda prompts, answers: self.reward([Encoded(p, list(a)) for p, a in zip(prompts, answers, strict=True)])
 
 
@@ -262,7 +262,9 @@ def test_a_manifest_names_what_has_a_part():
     assert not {"preference", "on_policy", "discriminator"} & own.keys() and (own["winners"], own["keep_checkpoints"]) == (1, [])
     asked = OptimiseSettings(method="grpo", on_policy={"dense": "log-ratio"})
     whole = {**asked.model_dump(), "keep_checkpoints": [0.5]}
-    assert asked.identity == {key: value for key, value in whole.items() if key not in ("answers", "winners", "preference")}
+    assert asked.identity == {
+        key: value for key, value in whole.items() if key not in ("answers", "winners", "preference", "discriminator", "replay")
+    }
     assert OptimiseSettings(method="rloo", keep_checkpoints=[]).identity["on_policy"]["max_length_ratio"] == 1.5
 
 

@@ -176,6 +176,7 @@ def test_a_policy_that_says_the_same_to_many_prompts_raises_an_alarm():
 
 def test_of_two_answers_fewer_differ_too():
     """Half of pi_SFT's share, or, of two answers, of which half differ where all are alike, half-way down to that. Of one nothing repeats."""
+    assert few(0.8, 4) == pytest.approx(0.4) and few(0.4, 4) == pytest.approx(0.2) and few(0.9, 3) == pytest.approx(0.45)
     assert few(0.8, 4) == pytest.approx(0.4) and few(0.9, 2) == pytest.approx(0.7) and few(1.0, 1) == 1.0
     fine, sft = np.tile([0.4, 0.2], 20), _measures(distinct_answers=0.9, kl_initial=(0.9, 1.0, 1.1))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from irlign.data.chat import template_in_words
 from irlign.data.splits import stored_demonstrations
-from irlign.errors import DataError, GuardError, ModelError
+from irlign.errors import DataError, GuardError, ModelError, interruption, out_of_memory
 from irlign.files import read_json, read_table, remove, write_json
 from irlign.launch import launch
 from irlign.optimise.best_of_n import scored_texts
@@ -79,7 +79,9 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
             if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
                 break
         except (DataError, GuardError, ModelError) as error:
-            if number == 1:
+            if (
+                number == 1 or interruption(error) or out_of_memory(error)
+            ):  # the last two say nothing of the round: the next attempt goes on
                 raise
             ended = f"round {number} could not be made ({error.what})"
             say(f"optimise: {ended}, so what came before it is weighed")

@@ -5,7 +5,7 @@ In units of on_policy: a standard deviation of what pi_SFT's answers are paid in
 discriminator of tokens it is the reverse KL of occupancies (method.md section 2).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,9 +93,9 @@ class Dense:
     learned: Mapping[str, Any]
     ends: bool = True
 
-    def in_units(self, form: Format, samples: Sequence[Sample], objective: Objective) -> Pay:
+    def in_units(self, form: Format, samples: Sequence[Sample], objective: Objective, ends: Collection[int] = ()) -> Pay:
         """What the objective makes of the reward, on the scale of pi_SFT's answers `samples`, times the share; of answers by the tokens of
-        their prompts and their own. Where EOS is not paid it gets 0, as the average token does. Raises ModelError where a pay is not finite."""
+        their prompts and their own. Where an end is not paid, EOS or another of the tokens `ends`, it gets 0, as the average token does. Raises ModelError where a pay is not finite."""
         encoded = form.encode([s.prompt.content for s in samples], [s.completion for s in samples])
         rows = [row if s.finished else Encoded(row.prompt_ids, row.completion_ids[:-1]) for s, row in zip(samples, encoded, strict=True)]
 
@@ -107,7 +107,7 @@ class Dense:
             return found
 
         def ends_unpaid(row: Encoded) -> bool:
-            return not self.ends and row.completion_ids[-1:] == [form.tokenizer.eos_token_id]
+            return not self.ends and bool(row.completion_ids) and row.completion_ids[-1] in {form.tokenizer.eos_token_id, *ends}
 
         def over(center: float, of: Sequence[Encoded], found: Sequence[np.ndarray]) -> list[np.ndarray]:
             beyond = [own - center for own in found]

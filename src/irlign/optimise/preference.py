@@ -118,11 +118,13 @@ def _given(batch: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
 
 @contextmanager
 def refused() -> Iterator[None]:
-    """What a trainer of TRL's says against its arguments, such as a `loss_type` that it does not know, as a ConfigError."""
+    """What a trainer of TRL's, or peft below it, says against its arguments, such as a `loss_type` that it does not know, as a ConfigError."""
     try:
         yield
     except ValueError as error:
-        raise ConfigError(f"TRL refuses it: {error}", where="optimise.trainer", do="correct the field, or leave it out") from error
+        raise ConfigError(
+            f"the trainer refuses it: {error}", where="optimise", do="correct the key (those of optimise.trainer are its own)"
+        ) from error
 
 
 def need_trl() -> None:

@@ -16,7 +16,7 @@ from irlign.errors import ConfigError, DataError
 from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.dense import Dense
 from irlign.optimise.divergences import OBJECTIVES, Objective
-from irlign.optimise.drawing import Drawn, drawing_here, drawing_of, known_trl, paying_tokens
+from irlign.optimise.drawing import Drawn, drawing_here, drawing_of, ends_of, known_trl, paying_tokens
 from irlign.optimise.preference import need_trl, refused
 from irlign.optimise.settings import OnPolicySettings
 from irlign.policy.tuning import Tuning
@@ -163,7 +163,7 @@ def train_on_policy(
     prompts = list({s.prompt.prompt_id: s.prompt for s in train}.values())
     asked_ids, usual_P = form.prompts_ids([p.content for p in prompts]), usual_lengths(train)
     rows = _rows(form, prompts, settings, arguments, policy.max_length - arguments.max_completion_length, tuning.seed)
-    pay = dense.in_units(form, train, objective) if dense else None
+    pay = dense.in_units(form, train, objective, ends_of(policy)) if dense else None
 
     def shaped_rewards(completion_ids: Sequence[Sequence[int]], **given: Any) -> list[float | None]:
         index = np.array(given["index"])

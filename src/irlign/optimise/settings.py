@@ -147,7 +147,7 @@ class OptimiseSettings(TrainerSettings):
         """The method and all that is not as by default, since a recipe may hold more than a command says; and which keys have no part in this method, as
         where it is another's recipe."""
         given = {key: value for key, value in self.model_dump(exclude_defaults=True).items() if key != "method"}
-        idle = [key for key in given if self.method not in PARTS.get(key, (self.method,))]
+        idle = [key for key in given if not self._has_part(key)]
         own = ", ".join(f"{key}={value}" for key, value in given.items() if key not in idle)
         words = f"{self.method} with {own or 'the defaults'}"
         return f"{words} (no part in it: {', '.join(idle)})" if idle else words
@@ -156,4 +156,11 @@ class OptimiseSettings(TrainerSettings):
     def identity(self) -> dict[str, Any]:
         """What a manifest says of it: what has a part in the method."""
         own = {**self.model_dump(), "keep_checkpoints": self.kept}
-        return {key: value for key, value in own.items() if self.method in PARTS.get(key, (self.method,))}
+        return {key: value for key, value in own.items() if self._has_part(key)}
+
+    def _has_part(self, key: str) -> bool:
+        if key == "replay":
+            return self.refresh != "none"
+        if key == "discriminator" and self.method == "grpo":
+            return self.on_policy.dense == "discriminator"
+        return self.method in PARTS.get(key, (self.method,))
