@@ -27,12 +27,13 @@ from irlign.optimise.label_free import Curve
 from irlign.runs import Run
 from tests.arena.test_leaderboard import TINY
 
-NOISE = np.array([-1, 0, 1.0])
+NOISE = np.tile([-1, 0, 1.0], 100)
+NOISE *= 10 / NOISE.std(ddof=1)  # means of 300 have a standard error of 1 / sqrt(3)
 
 
 def curve(*of):
-    """Three prompts; each point is a mean and a spread."""
-    gains = np.stack([np.zeros(3), *(mean + spread * NOISE for mean, spread in of)], axis=1)
+    """300 prompts, for which Student's t is the normal; each point is a mean and a spread, whose standard error is spread / sqrt(3)."""
+    gains = np.stack([np.zeros(300), *(mean + spread * NOISE for mean, spread in of)], axis=1)
     return Curve([1, 2, 4][: len(of) + 1], gains, np.zeros(len(of) + 1, dtype=bool))
 
 
@@ -60,7 +61,7 @@ def test_gaos_law_stops_at_its_peak():
 
     n = [1, 2, 4, 8, 16]
     d = np.sqrt([kl_bound(k) for k in n])
-    law, level = (np.tile(of, (3, 1)) + 1e-3 * NOISE[:, None] * d for of in (d * (1.7 - d), d))
+    law, level = (np.tile(of, (300, 1)) + 1e-3 * NOISE[:, None] * d for of in (d * (1.7 - d), d))
     assert gao(Curve(n, law, np.zeros(5, dtype=bool))) == 4
     assert gao(Curve(n, level, np.zeros(5, dtype=bool))) == 16
 
