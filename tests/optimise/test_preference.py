@@ -261,3 +261,9 @@ def test_without_trl_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(preference, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'irlign\[optimise\]'"):
         dpo_config(PreferenceSettings())
+
+
+def test_a_loss_that_trl_does_not_know_is_a_recipe_error(tmp_path, policy):
+    pytest.importorskip("trl")
+    with pytest.raises(ConfigError, match="optimise: the trainer refuses it: Unknown loss type: nonsense"):
+        _train(train_dpo, dpo_config(PreferenceSettings()), policy, PAIRS, tmp_path, trainer={"loss_type": "nonsense"})
