@@ -25,6 +25,7 @@ from irlign.reward.controls import by_prompt
 from irlign.training import Config, TrainerSettings
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl")
+UNKNOWN = "Unknown loss type"  # as TRL says it
 Labelled = tuple[Prompt, str, bool]  # a prompt, an answer, whether it is desirable
 
 
@@ -117,11 +118,13 @@ def _given(batch: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
 
 
 @contextmanager
-def refused() -> Iterator[None]:
-    """What a trainer of TRL's, or peft below it, says against its arguments, such as a `loss_type` that it does not know, as a ConfigError."""
+def refused(beginning: str = "") -> Iterator[None]:
+    """What a trainer of TRL's, or peft below it, says against its arguments, as a ConfigError; only what begins so: UNKNOWN is said at the first step."""
     try:
         yield
     except ValueError as error:
+        if not str(error).startswith(beginning):
+            raise
         raise ConfigError(
             f"the trainer refuses it: {error}", where="optimise", do="correct the key (those of optimise.trainer are its own)"
         ) from error
@@ -216,4 +219,5 @@ def _train(
     with refused():
         trainer = kind(**shared, data_collator=lambda batch: batch_of(batch, pad_id, limit))
     trainer.least_rows = least
-    return {**tuning.finish(trainer, METRICS), "rows": len(rows)}
+    with refused(UNKNOWN):
+        return {**tuning.finish(trainer, METRICS), "rows": len(rows)}

@@ -17,7 +17,7 @@ from irlign.optimise.best_of_n import scored_texts
 from irlign.optimise.dense import Dense
 from irlign.optimise.divergences import OBJECTIVES, Objective
 from irlign.optimise.drawing import Drawn, drawing_here, drawing_of, ends_of, known_trl, paying_tokens
-from irlign.optimise.preference import need_trl, refused
+from irlign.optimise.preference import UNKNOWN, need_trl, refused
 from irlign.optimise.settings import OnPolicySettings
 from irlign.policy.tuning import Tuning
 from irlign.progress import say, silently
@@ -185,7 +185,8 @@ def train_on_policy(
     scorer = reward_function(
         reward() if reward else None, form, train, trainer.drawing.used, length_penalty, objective, 1.0 - dense.share if dense else 1.0
     )
-    log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
+    with refused(UNKNOWN):
+        log, asked = tuning.finish(trainer, METRICS), len({row["index"] for row in rows})
     log |= {"rows": asked, "left_out": len(prompts) - asked, "drawn": drawn.tokens, "stopped": drawn.grown}
     return {**log, "tokens": log["tokens"] + learned["tokens"], "discriminator": dict(learned)} if learned else log
 
