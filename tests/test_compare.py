@@ -154,3 +154,14 @@ def test_an_evaluation_of_before_is_refused(finished, tmp_path):
         compare_runs([a, b], tmp_path / "compare.html")
     run(changed)
     assert compare_runs([a, b], tmp_path / "compare.html")
+
+
+def test_results_beside_the_recipe_of_a_failed_attempt_are_refused(finished, tmp_path):
+    """The recipe is that of the attempt, and what the run holds is of before."""
+    a, b = (shutil.copytree(finished, tmp_path / name) for name in ("a", "b"))
+    manifest = read_json(b / "manifest.json")
+    of = manifest["stages"]["bon"]
+    manifest["stages"]["bon"] = {**of, "status": "failed", "outputs": dict.fromkeys(of["outputs"]), "stands": of}
+    write_json(b / "manifest.json", manifest)
+    with pytest.raises(RunError, match="an attempt that bon did not finish, and its results are of before"):
+        compare_runs([a, b], tmp_path / "compare.html")
