@@ -79,9 +79,8 @@ def check_method(recipe: Recipe) -> None:
     if o.method != "none":
         if o.method in ON_POLICY:
             _whole_groups(o, recipe.processes.count)
-            rows = o.trainer.get(
-                "per_device_train_batch_size", o.per_device_train_batch_size
-            )  # TRL asks whether prompts fill a step of all processes
+            # TRL asks whether prompts fill a step of all processes, and sees one here
+            rows = o.trainer.get("per_device_train_batch_size", o.per_device_train_batch_size)
             o = o.model_copy(update={"trainer": {**o.trainer, "per_device_train_batch_size": rows * recipe.processes.count}})
         _accepted(recipe, "optimise", o, own_config(o, recipe.sampling))
         if o.method == "dpo" and (o.answers or recipe.sampling.train_generations) < 2:

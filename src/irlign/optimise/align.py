@@ -79,9 +79,8 @@ def _rounds(work: Work, sft: Judged, shown: Sequence[Demonstration], version: st
             if not (work.round(number) / "log.json").exists() and not improve(work, number, shown, version):
                 break
         except (DataError, GuardError, ModelError) as error:
-            if (
-                number == 1 or interruption(error) or out_of_memory(error)
-            ):  # the last two say nothing of the round: the next attempt goes on
+            # the last two say nothing of the round: the next attempt goes on
+            if number == 1 or interruption(error) or out_of_memory(error):
                 raise
             ended = f"round {number} could not be made ({error.what})"
             say(f"optimise: {ended}, so what came before it is weighed")

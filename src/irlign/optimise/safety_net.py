@@ -104,8 +104,8 @@ def kl(answers: Sequence[Sample], own_B: np.ndarray, other_B: np.ndarray) -> dic
 def few(distinct: float, generations: int) -> float:
     """The share of distinct answers below which they are few, where pi_SFT's is `distinct`: FEWER of it, or, of one or two answers, which cannot come to
     that, as far down from it to the least there can be."""
-    least = 1 / generations if generations < 1 / FEWER + 1 else 0.0
-    return least + FEWER * (distinct - least)
+    least = 1 / generations
+    return FEWER * distinct if least < FEWER else least + FEWER * (distinct - least)
 
 
 def alarms_of(
