@@ -13,10 +13,12 @@ import pytest
 from tiny import make_tiny_policy
 
 from irlign.errors import ConfigError, DataError, ModelError
-from irlign.records import Prompt
+from irlign.optimise.distill import train_distill
+from irlign.records import Demonstration, Prompt, Sample
 from irlign.sampling.engine import Request, SamplingSettings, check_engine, load_engine
 from irlign.sampling.pools import draw_pool, read_pool
 from irlign.sampling.vllm_engine import PYTHON
+from irlign.training import TrainerSettings
 
 TEXTS = ("the cat", "The red bird sang on the mat and", "a", "the dog ran home", "home")
 CHILD = """#!{python}
@@ -179,6 +181,25 @@ def test_a_pool_by_vllm_with_a_stop_string_and_its_process_gone(folder, tmp_path
     samples = read_pool(tmp_path / "pool")
     assert len(samples) == 40 and not any("." in s.completion for s in samples)
     assert "stop" in {s.finish_reason for s in samples} and all(s.tokens <= 24 for s in samples) and _children() == before
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_policy_that_a_method_trained_answers_in_vllm_too(folder, tmp_path, peft):
+    """What `Tuning` saves for every method, merged adapters among it: the same answers there and here, and others than before."""
+    prompts = [Prompt.of(text, "train") for text in TEXTS]
+    won = [Sample(prompt, 0, " and sang on the mat.", "eos", 6, -1.0) for prompt in prompts]
+    settings = TrainerSettings(learning_rate=1e-2, num_train_epochs=6, use_peft=peft, lora_r=4)
+    places = {"folder": tmp_path / "aligned", "checkpoints": tmp_path / "checkpoints"}
+    dev = [Demonstration(prompts[0], " and sang on the mat.")]
+    train_distill(folder, won, dev, settings, chat_template="none", seed=0, report_to="none", **places)
+
+    def drawn(policy, engine):
+        return load_engine(policy, SamplingSettings(engine=engine, max_new_tokens=12, top_k=1, dtype="float32"), "none").draw(_requests(1))
+
+    theirs, ours = drawn(places["folder"], "vllm"), drawn(places["folder"], "transformers")
+    assert _drawn(theirs) == _drawn(ours) != _drawn(drawn(folder, "transformers"))
+    assert [s.logprob for s in theirs] == pytest.approx([s.logprob for s in ours], abs=1e-3)
 
 
 def _children():
