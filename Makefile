@@ -46,8 +46,9 @@ quickstart: setup
 	$(BIN)/irlign run --config recipes/quickstart.yaml
 	@echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
+# WORKERS processes of one thread each; a file's tests stay together, and so does what they share.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
