@@ -55,6 +55,42 @@ def test_where_sft_is_kept_nothing_stands_there_twice(copied):
     assert "<span>SFT, kept</span>" in html and "Best-of-1<" not in html
 
 
+def test_what_was_tried_for_the_aligned_policy_stands_in_a_table(copied):
+    """A candidate with every measure, and one of a run that is older than most of them."""
+    results = read_json(copied / "evaluation/results.json")
+    sft = {
+        "tokens": 48.2,
+        "finished": 0.98,
+        "distinct_answers": 1.0,
+        "distinct_3": 0.5,
+        "distinct_3_picked": 0.41,
+        "kl_initial": {"mean": 6.04, "ci95": [5, 7]},
+    }
+    full = {**sft, "gain": {"mean": 0.44, "low": -0.36}, "kl_sft": {"mean": 1.94, "ci95": [1, 2]}, "training": {"stopped": "<it> ended"}}
+    alarm = {"name": "it repeats", "seen": "30% differ", "do": "read"}
+    old = {"tokens": 60.0, "gain": {"mean": 0.5, "low": 0.1}, "alarms": [alarm]}
+    told = {
+        "published": "round-1-at-50%",
+        "prompts": 20,
+        "selector": "likelihood",
+        "candidates": {"sft": sft, "round-1-at-50%": full, "round-1": old},
+    }
+    results["optimise"] = {**results["optimise"], **told}
+    write_json(copied / "evaluation/results.json", results)
+    write_report(copied, copied / "report.html")
+    html = (copied / "report.html").read_text(encoding="utf-8")
+    for row in (
+        "<th></th><th>SFT</th><th>Round 1 at 50%, published</th><th>Round 1</th>",
+        "<td>gain by the judge</td><td>–</td><td>+0.44 (at least −0.36)</td><td>+0.50 (at least +0.10)</td>",
+        "<td>gain by the reward likelihood</td><td>–</td><td>–</td><td>–</td>",
+        "<td>KL to SFT</td><td>–</td><td>1.9</td><td>–</td>",
+        "<td>tokens an answer</td><td>48</td><td>48</td><td>60</td>",
+    ):
+        assert row in html
+    assert "answers by the reward 41% differ" in html and "Round 1, alarm, it repeats: 30% differ." in html
+    assert "Round 1 at 50%: in training &lt;it&gt; ended." in html
+
+
 def test_every_tile_has_its_interval_and_its_count_of_prompts(copied):
     tiles = re.findall(r'<div class="tile">(.*?)</div>', _choose(copied, 4))
     assert len(tiles) == 4

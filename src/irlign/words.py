@@ -6,31 +6,54 @@ from typing import Any
 COLUMNS = {"initial": "initial", "sft": "SFT", "candidates": "candidates", "aligned": "aligned", "demonstrations": "demonstrations"}
 
 
-def optimised(choice: Mapping[str, Any] | None) -> str:
-    """What was tried for the aligned policy, and how it was weighed."""
+def optimised(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What was tried for the aligned policy, and how it was weighed: `words`, `notes` of what went wrong, and a table of pi_SFT and the candidates."""
     if choice is None:
-        return ""
-    published = "SFT" if choice["published"] == "sft" else choice["published"].replace("-", " ")
+        return None
     reward = f", by the reward {choice['reward']}" if choice["reward"] else ""
-    words = [f"Method {choice['method']}{reward}. {published} is published: {choice['why']}."]
-    base = choice["candidates"].get("sft")
-    for name, of in choice["candidates"].items():
-        if name != "sft":
-            # newer than some runs
-            rewarded = f", {_gain(of['reward_gain'])} by the reward {choice['selector']}," if "reward_gain" in of else ""
-            words.append(
-                f"{name.replace('-', ' ').capitalize()}: gain over SFT {_gain(of['gain'])} by the judge{rewarded} on "
-                f"{choice['prompts']} dev prompts; KL to SFT {of['kl_sft']['mean']:.1f} nats an answer, to the initial policy "
-                f"{of['kl_initial']['mean']:.1f} (SFT: {base['kl_initial']['mean']:.1f}); {of['tokens']:.0f} tokens an answer (SFT: {base['tokens']:.0f}), "
-                f"{of['distinct_answers']:.0%} of a prompt's answers differ (SFT: {base['distinct_answers']:.0%})."
-            )
-            words += [f"Alarm, {a['name']}: {a['seen']}." for a in of["alarms"]]
-            words += [f"In training {why}."] if (why := (of["training"] or {}).get("stopped")) else []
-    return " ".join(words)
+    policies, notes = choice["candidates"], []
+    for name, of in policies.items():
+        notes += [f"{_policy(name)}, alarm, {a['name']}: {a['seen']}." for a in of.get("alarms", [])]
+        notes += [f"{_policy(name)}: in training {why}." for why in [(of.get("training") or {}).get("stopped")] if why]
+    picked = policies.get("sft", {}).get("distinct_3_picked")  # newer than some runs, like all that .get() asks for
+    return {
+        "words": f"Method {choice['method']}{reward}. {_policy(choice['published'])} is published: {choice['why']}.",
+        "notes": notes,
+        "caption": f"{choice['prompts']} dev prompts. Gains over SFT in standard deviations of its answers' scores, at least so much at 5% for all candidates together; KL in nats an answer."
+        + (f" Of the trigrams in the best of SFT's answers by the reward {picked:.0%} differ." if picked is not None else ""),
+        "columns": [f"{_policy(name)}{', published' if name == choice['published'] else ''}" for name in policies],
+        "rows": [
+            (name.format(selector=choice.get("selector", "that selects")), [_cell(of.get(key), form) for of in policies.values()])
+            for name, key, form in _MEASURES
+        ],
+    }
 
 
-def _gain(of: Mapping[str, float]) -> str:
-    return f"{of['mean']:+.2f} sd (at least {of['low']:+.2f})"
+_MEASURES = (
+    ("gain by the judge", "gain", "+.2f"),
+    ("gain by the reward {selector}", "reward_gain", "+.2f"),
+    ("KL to SFT", "kl_sft", ".1f"),
+    ("KL to the initial policy", "kl_initial", ".1f"),
+    ("tokens an answer", "tokens", ".0f"),
+    ("of all answers, those that end within the limit", "finished", ".0%"),
+    ("of a prompt's answers, those that differ", "distinct_answers", ".0%"),
+    ("of all answers, the commonest one", "commonest_answer", ".0%"),
+    ("of the word trigrams in one answer a prompt, those that differ", "distinct_3", ".0%"),
+)
+
+
+def _policy(name: str) -> str:
+    return "SFT" if name == "sft" else name.replace("-", " ").capitalize()
+
+
+def _cell(value: Any, form: str) -> str:
+    """A number, the mean of an estimate, or a gain with its bound."""
+    if value is None:
+        return "–"
+    if not isinstance(value, Mapping):
+        return f"{value:{form}}"
+    least = f" (at least {value['low']:{form}})" if "low" in value else ""
+    return f"{value['mean']:{form}}{least}".replace("-", "−")
 
 
 def measure_words(golden: Mapping[str, Any] | None) -> str:

@@ -72,7 +72,7 @@ def test_the_better_round_is_published_measured_and_shown(copied, judge):
     assert results["headline"][0].startswith("The aligned policy (distill), one answer and no reward at inference, ")
     html = (copied / "report.html").read_text()
     assert "<span>Aligned, one answer</span>" in html and "<th>aligned</th>" in html and "<h4>Aligned</h4>" in html
-    assert "round 2 is published" in html and "best of n of its own answers" in html
+    assert "Round 2 is published" in html and "best of n of its own answers" in html
 
 
 def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
@@ -102,7 +102,7 @@ def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied,
     said = "round 1 is judged better and the reward does not show it to be"
     assert results["headline"][0] == f"The aligned policy is SFT itself: {said}."
     html = (copied / "report.html").read_text()
-    assert said in html and f"by the reward {choice['selector']}, on 20 dev prompts" in html
+    assert said in html and f"<td>gain by the reward {choice['selector']}</td>" in html and "20 dev prompts. Gains over SFT" in html
     shutil.rmtree(copied / "optimise")
     judge(50.0)
     run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
@@ -144,7 +144,7 @@ def test_a_policy_that_training_went_past_is_published_where_it_is_the_best(copi
     assert sum(r["tokens"] for r in rows if r["split"] == "dev") == own["drawn"]  # the same answers as were judged
     weights = {hash_path(copied / "policies" / name / WEIGHTS) for name in ("init", "sft", "aligned")}
     assert len(weights) == 3 and "`distill` (round 1 at 50%)" in (copied / "policies/aligned/README.md").read_text()
-    assert results["golden"]["aligned"]["prompts"] == 8 and "round 1 at 50% is published" in (copied / "report.html").read_text()
+    assert results["golden"]["aligned"]["prompts"] == 8 and "Round 1 at 50% is published" in (copied / "report.html").read_text()
 
 
 def test_a_share_that_comes_to_the_last_step_or_to_another_is_no_candidate(copied, judge):
