@@ -36,6 +36,7 @@ _MEASURES = (
     ("KL to the initial policy", "kl_initial", ".1f"),
     ("tokens an answer", "tokens", ".0f"),
     ("of all answers, those that end within the limit", "finished", ".0%"),
+    ("of all answers, those that say nothing", "empty", ".0%"),
     ("of a prompt's answers, those that differ", "distinct_answers", ".0%"),
     ("of all answers, the commonest one", "commonest_answer", ".0%"),
     ("of the word trigrams in one answer a prompt, those that differ", "distinct_3", ".0%"),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from irlign.optimise.label_free import lower_bounds
 from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, few, gains_over, kl
 from irlign.records import Prompt, Sample
 
@@ -30,15 +31,32 @@ def test_gains_are_paired_by_prompt_and_in_standard_deviations_of_sft():
     own = _judged((Q, "d", 3, 6.0), (P, "e", 4, 3.0), (Q, "f", 9, 8.0))  # q comes first, and has two answers
     spread = np.std([0, 2, 4, 6])
     judged, rewarded = gains_over(sft, own)
-    assert judged == pytest.approx([(3 - 1) / spread, (7 - 5) / spread]) and rewarded == pytest.approx(-judged)
+    assert judged == pytest.approx([(3 - 1) / spread, (7 - 5) / spread])
+    # pi_SFT's rewards are 10, 8, 6, 4: one hundredth of the way in from either end they are cut
+    assert rewarded == pytest.approx(np.array([7 - (9.94 + 8) / 2, 4.06 - (6 + 4.06) / 2]) / np.std([9.94, 8, 6, 4.06]))
     assert gains_over(sft, sft)[0] == pytest.approx([0, 0])
     assert sft.measures(2) == pytest.approx(
-        {"tokens": 2, "finished": 1, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4, "distinct_3": 1}
+        {"tokens": 2, "finished": 1, "empty": 0, "distinct_answers": (1 + 0.5) / 2, "commonest_answer": 2 / 4, "distinct_3": 1}
     )
     assert sft.measures(1)["distinct_answers"] == 1  # among as many answers as the other has
     assert own.measures(4) == pytest.approx(
-        {"tokens": 16 / 3, "finished": 2 / 3, "distinct_answers": 1, "commonest_answer": 1 / 3, "distinct_3": 1}
+        {"tokens": 16 / 3, "finished": 2 / 3, "empty": 0, "distinct_answers": 1, "commonest_answer": 1 / 3, "distinct_3": 1}
     )
+
+
+def test_one_answer_that_says_nothing_does_not_outweigh_the_others():
+    """Its log-probability a token may lie 60 standard deviations below pi_SFT's mean; where many say nothing, no gain is shown."""
+    rng, prompts = np.random.default_rng(0), [Prompt.of(str(i), "dev") for i in range(60)]
+
+    def answers(rewards_P_A):
+        samples = [Sample(p, i, "a", "eos", 2, -1.0) for p, of in zip(prompts, rewards_P_A, strict=True) for i in range(len(of))]
+        return Judged(samples, np.zeros(len(samples)), np.ravel(rewards_P_A))
+
+    sft, better = answers(rng.normal(size=(60, 16))), rng.normal(0.4, 1, size=(60, 4))
+    worse = better.copy()
+    better[7, 2], worse[::2, 1] = -60, -60
+    assert lower_bounds(gains_over(sft, answers(better))[1][:, None])[0] > 0.2
+    assert lower_bounds(gains_over(sft, answers(worse))[1][:, None])[0] < 0
 
 
 def test_kl_is_the_mean_log_ratio_over_prompts():
@@ -108,13 +126,14 @@ def test_more_candidates_ask_for_more():
     assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.66039 * 0.08844], abs=1e-4)
 
 
-def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, distinct_3=0.8, **nats):
+def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, empty=0.01, distinct_3=0.8, **nats):
     """What alarms are made of; KLs are (low, mean, high)."""
     nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
     found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
     return {
         "tokens": tokens,
         "finished": finished,
+        "empty": empty,
         "distinct_answers": distinct_answers,
         "commonest_answer": commonest_answer,
         "distinct_3": distinct_3,
@@ -150,6 +169,16 @@ def test_answers_that_no_longer_end_are_an_alarm_however_long_those_of_sft_are()
     assert found["name"] == "the aligned policy no longer ends its answers" and found["seen"].startswith("69% of its answers end")
     assert alarms_of(_measures(tokens=128.0, finished=0.71), sft, fine, [], 4) == []
     assert alarms_of(_measures(tokens=96.0, finished=0.0), {**sft, "finished": 0.1}, fine, [], 4) == []
+
+
+def test_answers_that_say_nothing_are_an_alarm():
+    sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
+    silent = alarms_of(_measures(empty=0.07), sft, fine, [], 4)
+    assert [a["name"] for a in silent] == ["the aligned policy says nothing"] and silent[0][
+        "seen"
+    ] == "7% of its answers are empty, and 1% of SFT's"
+    assert alarms_of(_measures(empty=0.05), sft, fine, [], 4) == []
+    assert _judged((P, "a", 2, 0), (P, " \n", 2, 0), (Q, "", 1, 0)).measures(2)["empty"] == pytest.approx(2 / 3)
 
 
 def test_phrases_are_counted_over_one_answer_a_prompt():

@@ -19,10 +19,11 @@ from irlign.statistics import distinct_n, estimate, kl_bound
 
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers or trigrams so many times as frequent
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
-UNENDED = 0.2  # alarm: so much less of its answers end within the limit
+TAIL = 0.01  # of pi_SFT's answers lie beyond either end of the range in which the reward counts
+UNENDED, SILENT = 0.2, 0.05  # alarms: so much less of its answers end within the limit, so much more of them say nothing
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
-RULE = "judge and reward, the first round or one shown to beat it; alarms of endings and phrases"  # of the choice, for the stage's record: another one is another choice
+RULE = "judge and reward within SFT's range, the first round or one shown to beat it; alarms of endings, silence and phrases"  # of the choice, for the stage's record: another one is another choice
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Judged:
     rewards: np.ndarray
 
     def measures(self, generations: int) -> dict[str, float]:
-        """`tokens` of an answer, the share `finished`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ,
+        """`tokens` of an answer, the shares `finished` and `empty`, and of the first `generations` of a prompt `distinct_answers`, the share within it that differ,
         `commonest_answer`, the share of all prompts' that are one and the same, and `distinct_3`, of the word trigrams in one answer a prompt the share that differ."""
         texts: dict[str, list[str]] = {}
         turns: dict[int, list[str]] = {}
@@ -45,6 +46,7 @@ class Judged:
         return {
             "tokens": float(np.mean([s.tokens for s in self.samples])),
             "finished": float(np.mean([s.finished for s in self.samples])),
+            "empty": float(np.mean([not s.completion.strip() for s in self.samples])),
             "distinct_answers": float(np.mean([len(set(of)) / len(of) for of in texts.values()])),
             "commonest_answer": max(Counter(everything := [text for of in texts.values() for text in of]).values()) / len(everything),
             "distinct_3": float(np.mean([distinct_n(of, 3) or 1.0 for of in turns.values()])),  # without a trigram nothing repeats
@@ -86,13 +88,18 @@ def _means(samples: Sequence[Sample], values: np.ndarray) -> dict[str, float]:
 
 def gains_over(sft: Judged, candidate: Judged) -> tuple[np.ndarray, np.ndarray]:
     """The mean gains of a candidate's answers over pi_SFT's at each prompt, by the judge and by the reward, in standard deviations of
-    either over pi_SFT's answers. Each of shape [P]."""
+    either over pi_SFT's answers. Each of shape [P].
+
+    A reward counts within the range of all but TAIL of pi_SFT's answers at either end: beyond it, one answer in hundreds would outweigh the others. pi_SFT's
+    log-probability a token of an answer that says nothing can lie 60 standard deviations below its mean.
+    """
+    ends = np.quantile(sft.rewards, [TAIL, 1 - TAIL])
 
     def gains(own_B: np.ndarray, base_B: np.ndarray) -> np.ndarray:
         own, base = _means(candidate.samples, own_B), _means(sft.samples, base_B)
         return np.array([own[prompt_id] - base[prompt_id] for prompt_id in base]) / (float(np.std(base_B)) or 1.0)
 
-    return gains(candidate.logits, sft.logits), gains(candidate.rewards, sft.rewards)
+    return gains(candidate.logits, sft.logits), gains(candidate.rewards.clip(*ends), sft.rewards.clip(*ends))
 
 
 def kl(answers: Sequence[Sample], own_B: np.ndarray, other_B: np.ndarray) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def few(distinct: float, generations: int) -> float:
 def alarms_of(
     measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate], generations: int
 ) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that repeat, one answer, or
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that say nothing, answers that repeat, one answer, or
     the same phrases, to many prompts, a policy that has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the
     reward shows to gain. `generations` is the number of a prompt's answers that `distinct_answers` is a share of.
 
@@ -128,6 +135,9 @@ def alarms_of(
     if measures["finished"] < sft["finished"] - UNENDED:
         seen = f"{measures['finished']:.0%} of its answers end within the limit, and {sft['finished']:.0%} of SFT's"
         found.append(("the aligned policy no longer ends its answers", seen, "train fewer steps, or raise sampling.max_new_tokens"))
+    if measures["empty"] > sft["empty"] + SILENT:
+        seen = f"{measures['empty']:.0%} of its answers are empty, and {sft['empty']:.0%} of SFT's"
+        found.append(("the aligned policy says nothing", seen, "read the samples; train fewer steps, or lower optimise.learning_rate"))
     moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
     if measures["distinct_answers"] < few(sft["distinct_answers"], generations) and moved["ci95"][0] > most:
         seen = f"{measures['distinct_answers']:.0%} of a prompt's answers differ, and {sft['distinct_answers']:.0%} of SFT's"
