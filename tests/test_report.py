@@ -87,7 +87,7 @@ def test_what_was_tried_for_the_aligned_policy_stands_in_a_table(copied):
         "<td>tokens an answer</td><td>48</td><td>48</td><td>60</td>",
     ):
         assert row in html
-    assert "answers by the reward 41% differ" in html and "Round 1, alarm, it repeats: 30% differ." in html
+    assert "less than half of 41% of the trigrams differ" in html and "Round 1, alarm, it repeats: 30% differ." in html
     assert "Round 1 at 50%: in training &lt;it&gt; ended." in html
 
 

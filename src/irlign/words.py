@@ -19,11 +19,16 @@ def optimised(choice: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {
         "words": f"Method {choice['method']}{reward}. {_policy(choice['published'])} is published: {choice['why']}.",
         "notes": notes,
-        "caption": f"{choice['prompts']} dev prompts. Gains over SFT in standard deviations of its answers' scores, at least so much at 5% for all candidates together; KL in nats an answer."
-        + (f" Of the trigrams in the best of SFT's answers by the reward {picked:.0%} differ." if picked is not None else ""),
+        "caption": f"{choice['prompts']} dev prompts. Gains over SFT in standard deviations of its answers' scores, in brackets the one-sided bound at 5% for all candidates together, "
+        "by the reward within the range of all but the best and the worst hundredth of SFT's answers; KL in nats an answer."
+        + (
+            f" An alarm is raised where less than half of {picked:.0%} of the trigrams differ, their share in the best of SFT's answers."
+            if picked is not None
+            else ""
+        ),
         "columns": [f"{_policy(name)}{', published' if name == choice['published'] else ''}" for name in policies],
         "rows": [
-            (name.format(selector=choice.get("selector", "that selects")), [_cell(of.get(key), form) for of in policies.values()])
+            (name.format(selector=choice.get("selector") or "that selects"), [_cell(of.get(key), form) for of in policies.values()])
             for name, key, form in _MEASURES
         ],
     }
@@ -37,6 +42,7 @@ _MEASURES = (
     ("tokens an answer", "tokens", ".0f"),
     ("of all answers, those that end within the limit", "finished", ".0%"),
     ("of all answers, those that say nothing", "empty", ".0%"),
+    ("of all answers, those with a reward below the range of SFT's", "below_range", ".0%"),
     ("of a prompt's answers, those that differ", "distinct_answers", ".0%"),
     ("of all answers, the commonest one", "commonest_answer", ".0%"),
     ("of the word trigrams in one answer a prompt, those that differ", "distinct_3", ".0%"),

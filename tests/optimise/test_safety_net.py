@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from irlign.optimise.label_free import lower_bounds
-from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, choose, few, gains_over, kl
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, below_range, choice_of, choose, few, gains_over, kl, reward_range
 from irlign.records import Prompt, Sample
 
 P, Q = Prompt.of("p", "dev"), Prompt.of("q", "dev")
@@ -55,8 +55,19 @@ def test_one_answer_that_says_nothing_does_not_outweigh_the_others():
     sft, better = answers(rng.normal(size=(60, 16))), rng.normal(0.4, 1, size=(60, 4))
     worse = better.copy()
     better[7, 2], worse[::2, 1] = -60, -60
+    assert below_range(sft, sft) == pytest.approx(10 / 960) and below_range(sft, answers(worse)) >= 30 / 240
     assert lower_bounds(gains_over(sft, answers(better))[1][:, None])[0] > 0.2
     assert lower_bounds(gains_over(sft, answers(worse))[1][:, None])[0] < 0
+
+
+def test_the_range_is_that_of_answers_that_say_something():
+    """However many of pi_SFT's are empty; and where nearly all rewards are the same there is none, so that a few others count."""
+    said = [(P, "a", 2, -float(i)) for i in range(101)]  # rewards of 10 to 110
+    assert reward_range(_judged(*said)) == pytest.approx((11, 109))
+    silent = _judged(*said, *[(Q, " ", 2, 70.0)] * 5)
+    assert reward_range(silent) == pytest.approx((11, 109)) and below_range(silent, silent) == pytest.approx(6 / 106)
+    sparse, right = _judged(*[(P, "a", 2, 0.0)] * 200, (P, "b", 2, -1.0)), _judged((P, "b", 2, -1.0))
+    assert reward_range(sparse) == (-np.inf, np.inf) and gains_over(sparse, right)[1][0] > 1
 
 
 def test_kl_is_the_mean_log_ratio_over_prompts():
@@ -126,7 +137,7 @@ def test_more_candidates_ask_for_more():
     assert choose([one])[1][:, 0] == pytest.approx([0.17 - 1.66039 * 0.08844], abs=1e-4)
 
 
-def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, empty=0.01, distinct_3=0.8, **nats):
+def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished=0.9, empty=0.01, below_range=0.01, distinct_3=0.8, **nats):
     """What alarms are made of; KLs are (low, mean, high)."""
     nats = {"kl_sft": (0.4, 0.5, 0.6), **nats}
     found = {name: {"mean": mean, "ci95": [low, high]} for name, (low, mean, high) in nats.items()}
@@ -134,6 +145,7 @@ def _measures(tokens=20.0, distinct_answers=0.8, commonest_answer=0.02, finished
         "tokens": tokens,
         "finished": finished,
         "empty": empty,
+        "below_range": below_range,
         "distinct_answers": distinct_answers,
         "commonest_answer": commonest_answer,
         "distinct_3": distinct_3,
@@ -178,6 +190,11 @@ def test_answers_that_say_nothing_are_an_alarm():
         "seen"
     ] == "7% of its answers are empty, and 1% of SFT's"
     assert alarms_of(_measures(empty=0.05), sft, fine, [], 4) == []
+    bad = alarms_of(_measures(below_range=0.07), sft, fine, [], 4)
+    assert [a["name"] for a in bad] == ["the aligned policy gives more bad answers"] and "7% of its answers have a lower reward" in bad[0][
+        "seen"
+    ]
+    assert alarms_of(_measures(below_range=0.05), sft, fine, [], 4) == []
     assert _judged((P, "a", 2, 0), (P, " \n", 2, 0), (Q, "", 1, 0)).measures(2)["empty"] == pytest.approx(2 / 3)
 
 

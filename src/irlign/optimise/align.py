@@ -21,7 +21,7 @@ from irlign.optimise.heldout import judge_pool, prompts_shown
 from irlign.optimise.label_free import too_few
 from irlign.optimise.methods import METHODS, own_config, source_of
 from irlign.optimise.rounds import keep_rewards, refresh
-from irlign.optimise.safety_net import Candidate, Judged, alarms_of, choice_of, gains_over, in_words, kl
+from irlign.optimise.safety_net import Candidate, Judged, alarms_of, below_range, choice_of, gains_over, in_words, kl
 from irlign.optimise.scoring import scores_of
 from irlign.optimise.work import POLICY, SEEDS_APART, Made, Work
 from irlign.policy.likelihood import answer_log_probs
@@ -138,7 +138,12 @@ def measures_of_sft(work: Work, sft: Judged) -> dict[str, Any]:
     """What candidates are compared with, and how far pi_SFT has moved from pi_0."""
     few = [s for s in sft.samples if s.index < work.weighed]
     own, initial = (answer_log_probs(work.run.path("policies", name), few, chat_template=work.chat_template) for name in ("sft", "init"))
-    return {**sft.measures(work.weighed), "distinct_3_picked": sft.phrases_picked(), "kl_initial": kl(few, own, initial)}
+    return {
+        **sft.measures(work.weighed),
+        "below_range": below_range(sft, sft),
+        "distinct_3_picked": sft.phrases_picked(),
+        "kl_initial": kl(few, own, initial),
+    }
 
 
 def judged_by_both(
@@ -174,6 +179,7 @@ def weighed(
     about: dict[str, Any] = {
         **{f"kl_{name}": kl(answers, own, other) for name, other in zip(("sft", "initial"), others, strict=True)},
         **judged.measures(work.weighed),
+        "below_range": below_range(sft, judged),
     }
     log, drawn = read_json(place / "log.json"), sum(s.tokens for s in answers)
     if made.last:  # what the training cost is counted once

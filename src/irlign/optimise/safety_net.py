@@ -20,10 +20,13 @@ from irlign.statistics import distinct_n, estimate, kl_bound
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers or trigrams so many times as frequent
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
 TAIL = 0.01  # of pi_SFT's answers lie beyond either end of the range in which the reward counts
-UNENDED, SILENT = 0.2, 0.05  # alarms: so much less of its answers end within the limit, so much more of them say nothing
+UNENDED, SILENT = (
+    0.2,
+    0.05,
+)  # alarms: so much less of its answers end within the limit, so much more of them say nothing or lie below that range
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
-RULE = "judge and reward within SFT's range, the first round or one shown to beat it; alarms of endings, silence and phrases"  # of the choice, for the stage's record: another one is another choice
+RULE = "judge and reward within SFT's range, the first round or one shown to beat it; alarms of endings, silence, bad answers and phrases"  # of the choice, for the stage's record: another one is another choice
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,26 @@ def _means(samples: Sequence[Sample], values: np.ndarray) -> dict[str, float]:
     return {prompt_id: float(np.mean(of)) for prompt_id, of in found.items()}
 
 
+def reward_range(sft: Judged) -> tuple[float, float]:
+    """Where the rewards of all but TAIL of pi_SFT's answers at either end lie, those that say nothing left out; without ends where they are all the same."""
+    said = [reward for sample, reward in zip(sft.samples, sft.rewards.tolist(), strict=True) if sample.completion.strip()]
+    low, high = np.quantile(said, [TAIL, 1 - TAIL]) if said else (0.0, 0.0)
+    return (float(low), float(high)) if low < high else (-np.inf, np.inf)
+
+
+def below_range(sft: Judged, judged: Judged) -> float:
+    """The share of a policy's answers whose reward is lower than that range."""
+    return float(np.mean(judged.rewards < reward_range(sft)[0]))
+
+
 def gains_over(sft: Judged, candidate: Judged) -> tuple[np.ndarray, np.ndarray]:
     """The mean gains of a candidate's answers over pi_SFT's at each prompt, by the judge and by the reward, in standard deviations of
     either over pi_SFT's answers. Each of shape [P].
 
-    A reward counts within the range of all but TAIL of pi_SFT's answers at either end: beyond it, one answer in hundreds would outweigh the others. pi_SFT's
-    log-probability a token of an answer that says nothing can lie 60 standard deviations below its mean.
+    A reward counts within `reward_range`: beyond it, one answer in hundreds would outweigh the others. pi_SFT's log-probability a token of an answer
+    that says nothing can lie 60 standard deviations below its mean. How many lie below is `below_range`, which an alarm watches.
     """
-    ends = np.quantile(sft.rewards, [TAIL, 1 - TAIL])
+    ends = reward_range(sft)
 
     def gains(own_B: np.ndarray, base_B: np.ndarray) -> np.ndarray:
         own, base = _means(candidate.samples, own_B), _means(sft.samples, base_B)
@@ -118,7 +133,7 @@ def few(distinct: float, generations: int) -> float:
 def alarms_of(
     measures: Mapping[str, Any], sft: Mapping[str, Any], gains_P: np.ndarray, earlier: Sequence[Candidate], generations: int
 ) -> list[dict[str, str]]:
-    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that say nothing, answers that repeat, one answer, or
+    """What should stop further rounds, each `{"name", "seen", "do"}`: answers that grow, answers that no longer end, answers that say nothing, more bad answers, answers that repeat, one answer, or
     the same phrases, to many prompts, a policy that has moved far from pi_SFT, and a judged gain that is shown (one-sided, 5 %) to lie below that of pi_SFT or of an earlier candidate that the
     reward shows to gain. `generations` is the number of a prompt's answers that `distinct_answers` is a share of.
 
@@ -138,6 +153,11 @@ def alarms_of(
     if measures["empty"] > sft["empty"] + SILENT:
         seen = f"{measures['empty']:.0%} of its answers are empty, and {sft['empty']:.0%} of SFT's"
         found.append(("the aligned policy says nothing", seen, "read the samples; train fewer steps, or lower optimise.learning_rate"))
+    if measures["below_range"] > sft["below_range"] + SILENT:
+        seen = f"{measures['below_range']:.0%} of its answers have a lower reward than all but the worst of SFT's, and {sft['below_range']:.0%} of SFT's"
+        found.append(
+            ("the aligned policy gives more bad answers", seen, "read the samples; train fewer steps, or lower optimise.learning_rate")
+        )
     moved, sft_moved, most = measures["kl_sft"], sft["kl_initial"], kl_bound(FAR)
     if measures["distinct_answers"] < few(sft["distinct_answers"], generations) and moved["ci95"][0] > most:
         seen = f"{measures['distinct_answers']:.0%} of a prompt's answers differ, and {sft['distinct_answers']:.0%} of SFT's"
