@@ -20,7 +20,7 @@ from irlign.optimise.settings import OptimiseSettings
 from irlign.optimise.work import Work
 from irlign.pipeline import run, run_stage
 from irlign.recipe import Recipe
-from irlign.records import Demonstration, Prompt, Sample
+from irlign.records import SCORE, Demonstration, Prompt, Sample
 from irlign.runs import Run
 
 WEIGHTS = "model.safetensors"
@@ -93,7 +93,9 @@ def test_where_none_is_shown_to_be_better_sft_is_published(copied, judge):
 
 def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied, judge):
     """By a method that no reward has a part in; the same policy is published where the reward agrees."""
-    judge(50.0, reward=-99.0)
+    selector = json.loads((copied / "best_of_n/choice.json").read_text())["reward"]
+    rewards = [row[f"{SCORE}{selector}"] for row in read_table(copied / "best_of_n/candidates.parquet", split="dev")]
+    judge(50.0, reward=float(np.quantile(rewards, 0.1)))  # lower than pi_SFT's mean, and none of them a bad answer
     results = run(small_recipe(copied, optimise={"method": "weighted-sft"}))
     choice = _choice(copied)
     own = choice["candidates"]["round-1"]
@@ -103,6 +105,11 @@ def test_where_the_reward_does_not_agree_with_the_judge_sft_is_published(copied,
     assert results["headline"][0] == f"The aligned policy is SFT itself: {said}."
     html = (copied / "report.html").read_text()
     assert said in html and f"<td>gain by the reward {choice['selector']}</td>" in html and "20 dev prompts. Gains over SFT" in html
+    shutil.rmtree(copied / "optimise")
+    judge(50.0, reward=-99.0)
+    run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
+    own = _choice(copied)["candidates"]["round-1"]
+    assert own["below_range"] == 1 and [a["name"] for a in own["alarms"]] == ["the aligned policy gives more bad answers"]
     shutil.rmtree(copied / "optimise")
     judge(50.0)
     run_stage("optimise", small_recipe(copied, optimise={"method": "weighted-sft"}))
