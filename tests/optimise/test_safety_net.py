@@ -185,15 +185,12 @@ def test_answers_that_no_longer_end_are_an_alarm_however_long_those_of_sft_are()
 
 def test_answers_that_say_nothing_are_an_alarm():
     sft, fine = _measures(kl_initial=(4.4, 4.7, 5.0)), np.tile([0.4, 0.2], 20)
-    silent = alarms_of(_measures(empty=0.07), sft, fine, [], 4)
-    assert [a["name"] for a in silent] == ["the aligned policy says nothing"] and silent[0][
-        "seen"
-    ] == "7% of its answers are empty, and 1% of SFT's"
+    (silent,) = alarms_of(_measures(empty=0.07), sft, fine, [], 4)
+    assert silent["name"] == "the aligned policy says nothing"
+    assert silent["seen"] == "7% of its answers are empty, and 1% of SFT's"
     assert alarms_of(_measures(empty=0.05), sft, fine, [], 4) == []
-    bad = alarms_of(_measures(below_range=0.07), sft, fine, [], 4)
-    assert [a["name"] for a in bad] == ["the aligned policy gives more bad answers"] and "7% of its answers have a lower reward" in bad[0][
-        "seen"
-    ]
+    (bad,) = alarms_of(_measures(below_range=0.07), sft, fine, [], 4)
+    assert bad["name"] == "the aligned policy gives more bad answers" and "7% of its answers have a lower reward" in bad["seen"]
     assert alarms_of(_measures(below_range=0.05), sft, fine, [], 4) == []
     assert _judged((P, "a", 2, 0), (P, " \n", 2, 0), (Q, "", 1, 0)).measures(2)["empty"] == pytest.approx(2 / 3)
 

@@ -20,10 +20,8 @@ from irlign.statistics import distinct_n, estimate, kl_bound
 LONGER, FEWER = 1.5, 0.5  # alarms: answers so many times as long as pi_SFT's, distinct answers or trigrams so many times as frequent
 COMMON, OFTENER = 0.25, 2  # alarm: one answer for more than this share of all, and so many times as often as pi_SFT's commonest
 TAIL = 0.01  # of pi_SFT's answers lie beyond either end of the range in which the reward counts
-UNENDED, SILENT = (
-    0.2,
-    0.05,
-)  # alarms: so much less of its answers end within the limit, so much more of them say nothing or lie below that range
+UNENDED = 0.2  # alarm: so much less of its answers end within the limit
+WORSE = 0.05  # alarms: so much more of its answers say nothing, or lie below that range
 FAR = 64  # alarm: further from pi_SFT than the best of so many answers, and than pi_SFT from pi_0
 SFT = "sft"
 RULE = "judge and reward within SFT's range, the first round or one shown to beat it; alarms of endings, silence, bad answers and phrases"  # of the choice, for the stage's record: another one is another choice
@@ -150,10 +148,10 @@ def alarms_of(
     if measures["finished"] < sft["finished"] - UNENDED:
         seen = f"{measures['finished']:.0%} of its answers end within the limit, and {sft['finished']:.0%} of SFT's"
         found.append(("the aligned policy no longer ends its answers", seen, "train fewer steps, or raise sampling.max_new_tokens"))
-    if measures["empty"] > sft["empty"] + SILENT:
+    if measures["empty"] > sft["empty"] + WORSE:
         seen = f"{measures['empty']:.0%} of its answers are empty, and {sft['empty']:.0%} of SFT's"
         found.append(("the aligned policy says nothing", seen, "read the samples; train fewer steps, or lower optimise.learning_rate"))
-    if measures["below_range"] > sft["below_range"] + SILENT:
+    if measures["below_range"] > sft["below_range"] + WORSE:
         seen = f"{measures['below_range']:.0%} of its answers have a lower reward than all but the worst of SFT's, and {sft['below_range']:.0%} of SFT's"
         found.append(
             ("the aligned policy gives more bad answers", seen, "read the samples; train fewer steps, or lower optimise.learning_rate")
